@@ -1,0 +1,59 @@
+"""Parse the command line, then train.
+
+    deepspeed launch/train.py --config launch/configs/demo.yaml [key.sub=value ...]
+    torchrun --nproc_per_node 8 launch/train.py --config ...
+    srun python launch/train.py --config ...
+    python launch/train.py --config ...            (one process)
+
+Exits 2 and prints every problem of a bad config before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
+
+from lora_one_dist.config import ConfigError, load_config
+
+EXIT_BAD_CONFIG, EXIT_FAILED = 2, 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="LoRA-One on DeepSpeed ZeRO-3.")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher; LOCAL_RANK is what counts")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the YAML's")
+    arguments = parser.parse_intermixed_args()
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        if is_first:
+            print(error, file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    if arguments.print_config:
+        if is_first:
+            print(config.to_yaml(), end="")
+        return 0
+    from lora_one_dist import train  # imports torch and deepspeed: seconds that a bad config need not wait for
+
+    try:
+        train.run(config)
+    except Exception as error:
+        print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} stopped: {error}", file=sys.stderr)
+        if not all(type(e).__module__.startswith("lora_one_dist") for e in (error, error.__cause__ or error)):
+            traceback.print_exc()  # ours say everything in their message; of the others one wants to know where
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)  # peers may wait for this rank inside a collective: leave at once, the launcher ends them
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

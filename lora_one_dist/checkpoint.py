@@ -1,0 +1,112 @@
+"""Adapters on disk, as PEFT folders.
+
+In: adapters (the same on every rank).  Out: ``adapter_config.json`` and ``adapter_model.safetensors`` that
+``PeftModel.from_pretrained`` loads on the untouched base.  Written by one rank into a temporary folder that is renamed
+when whole; nothing here is collective.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_one_dist.config import Config
+from lora_one_dist.model import Adapter, Target, peft_config
+
+PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class AdapterError(ValueError):
+    """A PEFT folder that does not fit the run: value, rule, remedy."""
+
+
+def export(
+    folder: Path, config: Config, adapters: Sequence[Adapter], targets: Sequence[Target], initial: Pairs | None
+) -> None:
+    """Write the adapters as they are now.  Call on one rank.
+
+    Args:
+        initial: A0, B0 as set, for methods that changed the base: the export then has rank 2r and fp32,
+            ``lora_A = [A; A0]``, ``lora_B = [B | -B0]``, and the same scale s, so that it holds on the untouched base:
+            ``W + s (B A - B0 A0)``.  None for methods that did not.
+    """
+    lora = config.lora
+    if initial is None:
+        pairs = {a.target.name: (a.A.detach(), a.B.detach()) for a in adapters}
+        description = peft_config(lora, targets, config.model.path)
+    else:
+        pairs = {}
+        for a in adapters:
+            A0, B0 = (x.float() for x in initial[a.target.name])
+            pairs[a.target.name] = (torch.cat([a.A.float(), A0]), torch.cat([a.B.float(), -B0], dim=1))
+        # s must stay: alpha / r is kept by doubling alpha with r, alpha / sqrt(r) by sqrt(2).
+        alpha = lora.alpha * (math.sqrt(2) if lora.use_rslora else 2)
+        description = peft_config(lora, targets, config.model.path, r=2 * lora.r, lora_alpha=alpha)
+    write_adapter(folder, description, pairs, targets)
+
+
+def write_adapter(folder: Path, description: PeftLoraConfig, pairs: Pairs, targets: Sequence[Target]) -> None:
+    """Check every shape, write beside the final place, rename.  Replaces an older adapter of the same name."""
+    tensors = {}
+    for target in targets:
+        A, B = pairs[target.name]
+        expected = ((description.r, target.n), (target.m, description.r))
+        assert (tuple(A.shape), tuple(B.shape)) == expected, f"{target.name}: shapes {A.shape}, {B.shape}, {expected}"
+        for side, tensor in (("A", A), ("B", B)):
+            tensors[f"{PREFIX}{target.name}.lora_{side}.weight"] = tensor.detach().cpu().contiguous()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    description.inference_mode = True
+    description.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pairs:
+    """Pairs (A (r, n), B (m, r)) of a PEFT folder, fp32, strictly those of the targets.  Not collective.
+
+    Raises:
+        AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference.
+    """
+    described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    lora = config.lora
+    problems = []
+    for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
+        if described.get(key, False) != wanted:
+            problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        if described.get(key):
+            problems.append(f"{key} is {described[key]}, which is not supported")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AdapterError(f"init.adapter = {folder}: holds no adapter_model.safetensors. Save it as such.")
+    with safe_open(path, framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
+    pairs = {}
+    for target in targets:
+        names = [f"{PREFIX}{target.name}.lora_{side}.weight" for side in "AB"]
+        found = [tensors.pop(name, None) for name in names]
+        wanted_shapes = [(lora.r, target.n), (target.m, lora.r)]
+        for name, tensor, shape in zip(names, found, wanted_shapes, strict=True):
+            if tensor is None:
+                problems.append(f"{name} is missing")
+            elif tuple(tensor.shape) != shape:
+                problems.append(f"{name} is {tuple(tensor.shape)}, must be {shape}")
+        if found[0] is not None and found[1] is not None:
+            pairs[target.name] = (found[0], found[1])
+    problems += [f"{name} belongs to no target" for name in tensors]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
+    return pairs

@@ -1,0 +1,388 @@
+"""Rows to tokens, and which sample goes into which micro-batch.
+
+In: files or a named data set, a tokenizer, :class:`DataConfig`.  Out: token ids and labels in a memory-mapped Arrow
+file, batch indices as functions of (seed, step), padded tensors.  Runs on any rank, nothing here is collective; a
+process with the same inputs as one before it finds the Arrow file in the cache of `datasets`.
+Peak memory: one map batch of 1000 rows; 24 bytes of counts and two cached orders of 8 bytes per sample.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_one_dist.config import DATA_SUFFIXES, DataConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
+# The settings that change a row's tokens; the others may change without making a cached result stale.
+TOKEN_FIELDS = {"format", "prompt", "completion", "messages", "text", "loss_on", "max_length"}
+
+
+class DataError(ValueError):
+    """Bad data: where (file and line, or row) and value, rule, remedy."""
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Tokenised rows and what became of them; ``len()`` is the number of samples to train on.
+
+    ``dataset`` has the columns input_ids, labels (-100: no loss), prompt_length (tokens before the first label) and
+    num_targets (tokens that are predicted: labels[1:] != -100).  Of ``num_rows`` that came in, ``num_truncated`` were
+    cut and ``num_without_targets`` dropped.  ``num_tokens`` and ``num_targets`` are totals over ``dataset``.
+    """
+
+    dataset: Dataset
+    num_rows: int
+    num_truncated: int
+    num_without_targets: int
+    num_tokens: int
+    num_targets: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def load_rows(source: str | list[str], split: str, max_samples: int | None) -> Dataset:
+    """Read files (all with the same columns, concatenated) or the split of a named data set or folder.
+
+    Raises DataError: a file or data set cannot be read or is empty, or files differ in their columns.
+    """
+    import datasets
+
+    sources = [source] if isinstance(source, str) else source
+    if len(sources) > 1 or Path(sources[0]).suffix in DATA_SUFFIXES:
+        parts = [_load_file(path) for path in sources]
+        for path, part in zip(sources, parts, strict=True):
+            if part.features != parts[0].features:
+                raise DataError(
+                    f"{path}: has columns {dict(part.features)}, {sources[0]} has {dict(parts[0].features)}. "
+                    "Files of one list must have the same columns of the same types. Write all with the same tool."
+                )
+        rows = datasets.concatenate_datasets(parts)
+    else:
+        try:
+            rows = datasets.load_dataset(sources[0], split=split)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{sources[0]}, split {split}: cannot be loaded: {_cause(error)}. Check the name, the split and the "
+                f"network, or give files ending in {', '.join(DATA_SUFFIXES)}."
+            ) from error
+    return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+
+
+def _load_file(path: str) -> Dataset:
+    import datasets
+    from datasets import Features, Json, Value
+
+    kind = {".jsonl": "json"}.get(suffix := Path(path).suffix, suffix[1:])
+    if not Path(path).is_file() or suffix not in DATA_SUFFIXES:
+        raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
+    if kind != "parquet" and not sum(1 for line in _lines(path) if line.strip()) > (kind == "csv"):
+        raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # Read as written: pandas' own types make 007 a 7, and every integer a float where one cell is empty.
+        options = {"features": Features(dict.fromkeys(_csv_header(path), Value("string"))), "keep_default_na": False}
+    elif kind == "json":
+        options = {"parse_agent_traces": False}  # chats with columns id, source, model look like traces of agents
+    try:
+        rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
+        dates = {name: Json() for name, feature in rows.features.items() if "timestamp" in str(feature)}
+        if kind == "json" and dates:
+            # pyarrow turns a column of nothing but ISO dates into timestamps, which print otherwise; Json keeps them.
+            options["features"] = Features({**rows.features, **dates})
+            rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, NotImplementedError, StopIteration) as error:
+        where = _find_bad_json(path) if kind == "json" else path
+        raise DataError(f"{where}: cannot be read as {kind} ({_cause(error)}). Mend or remove it.") from error
+    return rows
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error at the root: `datasets` wraps it in ones that say only that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a text file.  `datasets` takes invalid UTF-8 in JSONL and fails only when the row is used."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte {line[error.start]:#04x}"
+                raise DataError(f"{path}, line {number}: {byte} is not UTF-8. Save the file as UTF-8.") from error
+            yield text
+
+
+def _csv_header(path: str) -> list[str]:
+    """The columns of a CSV file whose records all have as many fields; pandas would fill or shift the others."""
+    reader = csv.reader(_lines(path))
+    try:
+        header = next(reader)
+        bad = next((record for record in reader if record and len(record) != len(header)), None)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}. Write the file as Parquet or JSONL.") from error
+    if bad or len(set(header)) < len(header):
+        rule = f"must have one field for each of the columns {header}, which must differ. Quote commas and line breaks."
+        raise DataError(f"{path}, line {reader.line_num}: {bad or header} {rule}")
+    return header
+
+
+def _find_bad_json(path: str) -> str:
+    """'file, line: problem' for the first line at fault, or the file alone if none is found."""
+    text = "".join(_lines(path))
+    columns: set[str] = set()
+    for number, line in enumerate([text] if text.lstrip().startswith("[") else text.split("\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            return f"{path}, line {number + error.lineno - 1}: {error.msg}"
+        if not isinstance(row, dict):
+            return f"{path}, line {number}: must be an object, is a {type(row).__name__}"
+        columns = columns or set(row)
+        if not columns.issuperset(row):
+            return f"{path}, line {number}: has columns {sorted(row)}, the first line has {sorted(columns)}"
+    return path
+
+
+def tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, num_proc: int | None = None
+) -> TokenData:
+    """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
+
+    Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
+    template that rewrites earlier turns, or no row with a target.
+    """
+    from datasets import Features, List, Value
+
+    if config.format == "chat" and not tokenizer.chat_template:
+        raise DataError(
+            f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which chats need. Take "
+            "the instruction-tuned model's tokenizer, set its chat_template, or use data.format completion."
+        )
+    columns = _columns(rows, config)
+    counts = dict.fromkeys(("prompt_length", "num_targets", "uncut_length"), Value("int64"))
+    mapped = rows.select_columns(columns).map(
+        _encode_rows,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns,
+        features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "config": DataConfig(train="", **config.model_dump(include=TOKEN_FIELDS)),
+            # `datasets` hashes a module's function by name only: without this an edit here would meet stale results.
+            "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        },
+        num_proc=num_proc,
+        desc="tokenize",
+    )
+    targets, lengths = (mapped.data.column(name).to_numpy() for name in ("num_targets", "uncut_length"))
+    kept, truncated = targets > 0, lengths > config.max_length
+    if not kept.any():
+        raise DataError(
+            f"data.max_length = {config.max_length}: none of {len(rows)} rows has a token to learn, {truncated.sum()} "
+            "were cut. Some row must have one. Raise max_length; a chat needs a message of role 'assistant'."
+        )
+    dataset = mapped.remove_columns("uncut_length")
+    return TokenData(
+        dataset=dataset if kept.all() else dataset.select(kept.nonzero()[0]),
+        num_rows=len(rows),
+        num_truncated=int(truncated.sum()),
+        num_without_targets=int((~kept).sum()),
+        num_tokens=int(lengths[kept].clip(max=config.max_length).sum()),
+        num_targets=int(targets.sum()),
+    )
+
+
+def load_eval_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, indices: Iterable[int]
+) -> list[tuple[list[int], str]]:
+    """For rows ``indices`` of format completion: the ids of the prompt alone, as generation sees it, and the completion.
+
+    Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
+    """
+    columns, prompts = _columns(rows, config), []
+    for index in indices:
+        row = {name: value for name, value in rows[index].items() if name in columns}
+        whole, prompt = _texts(row, index, tokenizer, config)
+        ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
+        if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+            ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
+        prompts.append((ids[-config.max_length :], whole.removeprefix(prompt)))
+    return prompts
+
+
+def _columns(rows: Dataset, config: DataConfig) -> list[str]:
+    """The columns that the format reads, all of them present."""
+    template = {"completion": config.prompt + config.completion, "chat": f"{{{config.messages}}}"}
+    named = [name for _, name, _, _ in string.Formatter().parse(template.get(config.format, f"{{{config.text}}}")) if name]
+    if missing := [name for name in named if name not in rows.column_names]:
+        raise DataError(
+            f"data.format = {config.format}: reads columns {missing}, the data has {rows.column_names}. Name its columns "
+            "in data.prompt and data.completion, data.messages or data.text."
+        )
+    return list(dict.fromkeys(named))
+
+
+def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _encode_rows(batch: Mapping[str, list], indices: list[int], tokenizer: Any, config: DataConfig, code: str) -> dict:
+    """What `Dataset.map` calls: a function of its arguments alone (``code`` is there to be hashed)."""
+    columns = zip(*batch.values(), strict=True)
+    rows = [dict(zip(batch, values, strict=True)) for values in columns]
+    texts = [_texts(row, index, tokenizer, config) for row, index in zip(rows, indices, strict=True)]
+    # A chat's special tokens are all in its template.
+    ids = iter(_ids(tokenizer, [text for row in texts for text in row], special=config.format != "chat"))
+    samples = [_encode([next(ids) for _ in row], tokenizer.eos_token_id, config) for row in texts]
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfig) -> list[str]:
+    """A row's text, then those beginnings of it that end where loss starts, stops, starts, ..."""
+    from jinja2 import TemplateError
+
+    try:
+        if null := [name for name, value in row.items() if value is None]:
+            raise DataError(f"columns {null} are null or missing. Fill them, or take the row out")
+        if config.format == "completion":
+            prompt = config.prompt.format(**row)
+            return [prompt + config.completion.format(**row), prompt]
+        if config.format == "chat":
+            return _chat_texts(row[config.messages], tokenizer, config)
+        if not isinstance(row[config.text], str):
+            raise DataError(f"{config.text} = {row[config.text]!r}: must be a string. Mend the row")
+        return [row[config.text]]
+    except (TemplateError, LookupError, ValueError, TypeError) as error:
+        raise DataError(f"row {index} (the first is 0): {error}.") from error
+
+
+def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
+        raise DataError(f"{config.messages} = {messages!r}: must be a list of {{role, content}}. Mend the row")
+    # Arrow gives every message the keys of all, None where it has none; templates would print the None.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False)]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and config.loss_on != "all"]
+    if 0 in turns:
+        raise DataError("starts with an assistant turn, which nothing asks for. Drop it or set data.loss_on: all")
+    for i in turns:
+        texts.append(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
+        texts.append(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
+    if not all(texts[0].startswith(text) for text in texts):
+        raise DataError(
+            "the chat template rewrites earlier turns, so what is learnt is not what is generated. Loss on assistant "
+            "turns needs each to stay as it was. Set data.loss_on: all, or change the tokenizer's chat_template"
+        )
+    return texts
+
+
+def _encode(ids: list[list[int]], eos: int | None, config: DataConfig) -> dict[str, Any]:
+    """One sample from the ids of a row's text and of its beginnings."""
+    whole, *beginnings = ids
+    # Tokens merge across a border ("A: " + "b" holds a token " b"), so the ids of a beginning need not begin the whole.
+    # Generation sees the beginning tokenised alone: what both share is what it is given, the rest is to be learnt.
+    borders = [_common_prefix(beginning, whole) for beginning in beginnings]
+    if config.loss_on == "all" or config.format == "text":
+        borders = [0]
+    if config.format != "chat" and eos is not None and whole[-1:] != [eos]:
+        whole = [*whole, eos]
+    labels = [IGNORE_INDEX] * len(whole)
+    for start, stop in zip(borders[::2], [*borders[1::2], len(whole)], strict=False):
+        labels[start:stop] = whole[start:stop]
+    whole_length, whole, labels = len(whole), whole[: config.max_length], labels[: config.max_length]
+    return {
+        "input_ids": whole,
+        "labels": labels,
+        "prompt_length": min([*borders[:1], len(whole)]),
+        "num_targets": sum(label != IGNORE_INDEX for label in labels[1:]),
+        "uncut_length": whole_length,
+    }
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """Permutation (num_samples,) int64 of an epoch's samples, a function of the arguments alone; cached: do not write."""
+    digest = hashlib.sha256(repr(("order", seed, epoch)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(num_samples, generator=generator)
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Optimizer steps that see every sample once; the last batch may be smaller."""
+    return -(-num_samples // batch_size)
+
+
+def global_batch(num_samples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Samples of optimizer step ``step`` (from 0, counted through all epochs), over all ranks."""
+    epoch, position = divmod(step, steps_per_epoch(num_samples, batch_size))
+    return epoch_order(num_samples, seed, epoch)[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) -> list[list[int]]:
+    """One rank's micro-batches of positions 0..num_samples-1: micro-batch k goes to rank k % world_size.
+
+    Every rank gets as many; one that is missing is an empty list, for which the caller runs a weightless sample.
+    """
+    starts = range(0, num_samples, micro_batch_size)
+    padded = -(-len(starts) // world_size) * world_size * micro_batch_size
+    own = range(rank * micro_batch_size, padded, world_size * micro_batch_size)
+    return [list(range(start, min(start + micro_batch_size, num_samples))) for start in own]
+
+
+def collate(
+    samples: Sequence[Mapping[str, Any]], pad_token_id: int, *, weightless: bool = False
+) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right; weightless: no label at all."""
+    assert samples, "a micro-batch needs a sample: pass any one with weightless=True"
+    shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
+    batch = {"input_ids": torch.full(shape, pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.int64)}
+    batch["labels"] = torch.full(shape, IGNORE_INDEX)
+    for i, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        batch["input_ids"][i, :length] = torch.as_tensor(sample["input_ids"])
+        batch["attention_mask"][i, :length] = 1
+        if not weightless:
+            batch["labels"][i, :length] = torch.as_tensor(sample["labels"])
+    return batch
+
+
+def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding with its own pad token or else its eos or unk token.
+
+    Raises DataError: there is no tokenizer, or none of the three tokens.
+    """
+    from transformers import AutoTokenizer
+
+    remedy = "model.path needs what a tokenizer's save_pretrained writes"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # `tokenizers` raises plain Exception on a damaged file
+        raise DataError(f"model.path = {path}: no tokenizer can be loaded: {_cause(error)}. {remedy}.") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"model.path = {path}: its tokenizer has no pad, eos or unk token to pad with. {remedy}, with one.")
+    return tokenizer

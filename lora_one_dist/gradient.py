@@ -1,0 +1,208 @@
+"""The one-step full gradient G = dL/dW of every target, each on its owner rank, with no weight gradient anywhere.
+
+In: the frozen base, a few weighted micro-batches, an owner map.  Out: on each owner, ``{name: G (m, n) fp32}``.
+All weights stay frozen.  On each target a forward hook passes the output through an autograd function that saves the
+layer's input (so both kinds of gradient checkpointing recompute it instead of holding it) and in backward forms
+``G = dY^T X``, which leaves for the owner at once while backward goes on.
+
+Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank beyond the resting base, for T
+tokens in a micro-batch, hidden size h, L blocks, V words, e bytes an element (:func:`peak_terms` computes them):
+
+- ``owned``     4 sum(m n) over owned targets: the result; on the host if ``buffer`` is host; twice with two halves
+- ``in_flight`` 4 (IN_FLIGHT + 1) max(m n): gradients on their way (+ one as large while the owner adds to it)
+- ``upcast``    4 T max(m + n) when e < 4: dY and X in fp32
+- ``gathered``  e max(parameters of a block, V h): weights that ZeRO-3 holds whole at one time (0 under stage 0),
+                plus e (parameters below the persistence threshold)
+- ``block_inputs``  e T h (L + 1) with gradient checkpointing
+- ``activations``   of one recomputed block (of all L without checkpointing), or ``logits`` 4 T V x 3, the larger
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_one_dist import comm, data
+from lora_one_dist.model import Target, dropout_off, loss_sum
+from lora_one_dist.sharding import Base
+
+IN_FLIGHT = 2  # reductions that may be under way at once: hides the wire behind the next layer's backward
+
+
+class GradientError(RuntimeError):
+    """The gradient of a layer did not come exactly once per micro-batch, or is zero or not finite."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of this rank: collated tensors, and the weight of its summed token losses (0 for padding)."""
+
+    tensors: dict[str, torch.Tensor]
+    weight: float
+
+
+def deal_micro_batches(
+    samples: Sequence[dict[str, Any]], micro_batch_size: int, average: str, parts: int, pad_token_id: int
+) -> list[list[MicroBatch]]:
+    """This rank's micro-batches of the init batch, in ``parts`` consecutive parts.  Not collective.
+
+    The weights are such that the sum over parts, ranks and micro-batches of ``weight * summed loss`` is the batch's
+    loss: the mean over its target tokens (``average`` token), or the mean of the micro-batches' means (micro_batch).
+    Where the samples do not divide, a rank runs a copy of the first sample with weight 0.
+    """
+    cuts = [len(samples) * part // parts for part in range(parts + 1)]
+    starts = [range(low, high, micro_batch_size) for low, high in pairwise(cuts)]
+    num_micro_batches = sum(len(part) for part in starts)
+    num_targets = sum(_num_targets(sample) for sample in samples)
+    dealt = []
+    for low, high in pairwise(cuts):
+        part = samples[low:high]
+        batches = []
+        for positions in data.deal(len(part), micro_batch_size, comm.world_size(), comm.rank()):
+            chosen = [part[i] for i in positions] or [samples[0]]
+            tensors = data.collate(chosen, pad_token_id, weightless=not positions)
+            own_targets = sum(_num_targets(sample) for sample in chosen)
+            if not positions or own_targets == 0:
+                weight = 0.0
+            elif average == "token":
+                weight = 1.0 / num_targets
+            else:
+                weight = 1.0 / (num_micro_batches * own_targets)
+            batches.append(MicroBatch(tensors, weight))
+        dealt.append(batches)
+    return dealt
+
+
+def _num_targets(sample: dict[str, Any]) -> int:
+    return sum(label != -100 for label in sample["labels"][1:])
+
+
+class _CaptureGradient(torch.autograd.Function):
+    """Identity on a linear layer's output that sees dY and the layer's input X in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, layer_input: torch.Tensor, sink: Callable[..., None]) -> torch.Tensor:
+        ctx.save_for_backward(layer_input)
+        ctx.sink = sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        ctx.sink(grad_output, *ctx.saved_tensors)
+        return grad_output, None, None
+
+
+def weight_gradient(grad_output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
+    """``dY^T X`` in fp32.  grad_output (..., m), layer_input (..., n) -> (m, n).  Pure."""
+    dY = grad_output.reshape(-1, grad_output.shape[-1]).float()
+    X = layer_input.reshape(-1, layer_input.shape[-1]).float()
+    return dY.T @ X
+
+
+class _OwnerSums:
+    """Reduces each gradient to its owner, at most IN_FLIGHT at a time, and sums there over micro-batches."""
+
+    def __init__(self, owners: dict[str, int], buffer_device: torch.device):
+        self.owners = owners
+        self.buffer_device = buffer_device
+        self.owned: dict[str, torch.Tensor] = {}
+        self.pending: deque[tuple[str, torch.Tensor, Any]] = deque()
+        self.fired: list[str] = []
+
+    def sink(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def take(grad_output: torch.Tensor, layer_input: torch.Tensor) -> None:
+            while len(self.pending) >= IN_FLIGHT:
+                self._finish_one()
+            G = weight_gradient(grad_output, layer_input)
+            self.pending.append((name, G, comm.reduce_to(G, self.owners[name])))
+            self.fired.append(name)
+
+        return take
+
+    def _finish_one(self) -> None:
+        name, G, work = self.pending.popleft()
+        work.wait()
+        if self.owners[name] != comm.rank():
+            return
+        if name in self.owned:
+            self.owned[name] += G.to(self.buffer_device)
+        else:
+            self.owned[name] = G.to(self.buffer_device)
+
+    def end_micro_batch(self) -> None:
+        while self.pending:
+            self._finish_one()
+        if sorted(self.fired) != sorted(self.owners):
+            odd = {name: self.fired.count(name) for name in self.owners if self.fired.count(name) != 1}
+            raise GradientError(
+                f"{len(odd)} target layers ran {sorted(set(odd.values()))} times in a forward pass, e.g. "
+                f"{next(iter(odd), '?')}; each must run exactly once. Leave such layers out of lora.target_modules."
+            )
+        self.fired.clear()
+
+
+def full_gradient(
+    base: Base,
+    targets: Sequence[Target],
+    owners: Sequence[int],
+    micro_batches: Sequence[MicroBatch],
+    buffer: str,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradient of the weighted loss with respect to each target's weight, on its owner.  Collective.
+
+    Args:
+        base: the frozen model, without adapters.  owners: rank of each target.  buffer: device or host.
+        micro_batches: of this rank; all ranks must have the same number.
+
+    Returns:
+        ``{name: G (m, n) fp32}`` of the targets this rank owns, and the loss (the same on all ranks).
+
+    Raises:
+        GradientError: if a target did not run exactly once per micro-batch.
+
+    Source: arXiv 2502.01235, "one-step full gradient"; arXiv 2407.05000, section 3.
+    """
+    buffer_device = torch.device("cpu") if buffer == "host" else comm.device()
+    sums = _OwnerSums({target.name: owner for target, owner in zip(targets, owners, strict=True)}, buffer_device)
+    loss = torch.zeros((), dtype=torch.float64)
+    with _hooks(base.module, sums), dropout_off(base.module):
+        for micro_batch in micro_batches:
+            weighted = loss_sum(base.module, micro_batch.tensors) * micro_batch.weight
+            weighted.backward()
+            sums.end_micro_batch()
+            base.release()
+            loss += weighted.detach().double().cpu()
+            del weighted
+            progress()
+    return sums.owned, float(comm.all_sum(loss))
+
+
+class _hooks:  # noqa: N801 (used as a function)
+    """Forward hooks on the targets for the length of a block."""
+
+    def __init__(self, module: nn.Module, sums: _OwnerSums):
+        self.layers = {name: module.get_submodule(name) for name in sums.owners}
+        self.sums = sums
+
+    def __enter__(self) -> None:
+        self.handles = [
+            layer.register_forward_hook(_capture_hook(self.sums.sink(name))) for name, layer in self.layers.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return _CaptureGradient.apply(output, inputs[0].detach(), sink)
+
+    return hook

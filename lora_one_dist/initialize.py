@@ -1,0 +1,270 @@
+"""From a frozen base and a few samples to initial adapters, the same bits on every rank.
+
+In: base without adapters, targets, the init batch.  Out: ``{name: (A0 (r, n), B0 (m, r))}`` fp32 on every rank, and a
+report row per layer.  Runs on every rank.  Phases, for each of ``layer_groups`` runs of layers in turn:
+
+1. gradient   every layer's G (or, for pissa, W) is summed on its owner
+2. svd        every owner decomposes its layers, all owners at once, no communication
+3. broadcast  each owner sends its pairs as one flat fp32 tensor
+
+Peak bytes per rank: phase 1 as in :mod:`lora_one_dist.gradient`; phase 2 the owned matrices plus one SVD
+(:mod:`lora_one_dist.spectral`); the pairs themselves are ``4 r sum(m + n)``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_one_dist import comm, ownership, spectral
+from lora_one_dist.config import GRADIENT_METHODS, Config
+from lora_one_dist.gradient import GradientError, MicroBatch, full_gradient
+from lora_one_dist.model import Adapter, Target, dropout_off, loss_sum
+from lora_one_dist.sharding import Base, add_low_rank
+
+COVERAGE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+# Largest relative change of the loss by rounding alone, for methods that must not move it: sums of fp32 terms, and
+# W - s B0 A0 rounded to bf16 (relative 2^-9 of each weight). A wrong sign or scale moves the loss by tens of per cent.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+class InitError(RuntimeError):
+    """The initialisation contradicts what the method promises."""
+
+
+@dataclass
+class Initialisation:
+    """Initial pairs on every rank, a report row per layer, and the init batch's loss at the pre-trained weights."""
+
+    pairs: Pairs = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    loss: float | None = None
+
+
+def singular_vectors_needed(method: str, r: int) -> int:
+    """How many triplets a method takes from one matrix: 2r for lora_ga, 0 for lora."""
+    return {"lora": 0, "lora_ga": 2 * r}.get(method, r)
+
+
+def initial_pairs(
+    base: Base,
+    targets: Sequence[Target],
+    config: Config,
+    batch: Sequence[Sequence[MicroBatch]],
+    progress: Callable[[str], None] = lambda message: None,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+) -> Initialisation:
+    """Compute A0 and B0 of every target by ``config.init.method``.  Collective.
+
+    Args:
+        batch: this rank's micro-batches in one or two parts (:func:`gradient.deal_micro_batches`); two parts add the
+            overlap of their top-r spaces to the report.  Unused by ``pissa`` and ``lora``.
+        progress: told what was done.  phase: entered around each phase, by name.
+
+    Raises:
+        GradientError, RankError: if a gradient is zero or not finite, naming the layer, on every rank.
+    """
+    method, r = config.init.method, config.lora.r
+    result = Initialisation()
+    gradient_cost = [float(target.m * target.n) for target in targets]
+    for number, group in enumerate(ownership.split(gradient_cost, config.init.layer_groups), start=1):
+        layers = [targets[i] for i in group]
+        owners = ownership.assign([gradient_cost[i] for i in group], comm.world_size())
+        label = f"layer group {number}/{config.init.layer_groups}: " if config.init.layer_groups > 1 else ""
+        matrices: list[dict[str, torch.Tensor]] = []
+        if method in GRADIENT_METHODS:
+            with phase("gradient"):
+                matrices, result.loss = _gradients(base, layers, owners, config, batch, progress, label)
+        elif method == "pissa":
+            with phase("gather weights"):
+                matrices = [_weights(base, layers, owners, config.init.buffer)]
+        own: Pairs = {}
+        with phase("svd"), comm.all_or_none("initialising adapters"):
+            owned = [layer for layer, owner in zip(layers, owners, strict=True) if owner == comm.rank()]
+            for done, target in enumerate(owned, start=1):
+                own[target.name], row = _decompose(target, [part.pop(target.name) for part in matrices], config)
+                result.rows.append({**row, "owner": comm.rank()})
+                progress(f"{label}svd {done}/{len(owned)} of this rank's layers")
+        with phase("broadcast"):
+            result.pairs |= _broadcast(layers, owners, own, r)
+    result.rows = [row for rows in comm.all_gather_object(result.rows) for row in rows]
+    order = {target.name: i for i, target in enumerate(targets)}
+    result.rows.sort(key=lambda row: order[row["name"]])
+    return result
+
+
+def _gradients(
+    base: Base,
+    layers: Sequence[Target],
+    owners: Sequence[int],
+    config: Config,
+    batch: Sequence[Sequence[MicroBatch]],
+    progress: Callable[[str], None],
+    label: str,
+) -> tuple[list[dict[str, torch.Tensor]], float]:
+    """Owned gradients of each part of the batch, and the loss of the whole."""
+    total, done = sum(len(part) for part in batch), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(f"{label}gradient {done}/{total} micro-batches")
+
+    parts, loss = [], 0.0
+    for part in batch:
+        owned, part_loss = full_gradient(base, layers, owners, part, config.init.buffer, tick)
+        parts.append(owned)
+        loss += part_loss
+    return parts, loss
+
+
+def _weights(base: Base, layers: Sequence[Target], owners: Sequence[int], buffer: str) -> dict[str, torch.Tensor]:
+    """The targets' weights in fp32, each on its owner."""
+    device = torch.device("cpu") if buffer == "host" else comm.device()
+    owned = {}
+    for target, owner in zip(layers, owners, strict=True):
+        weight = base.module.get_submodule(target.name).weight
+        with base.gathered([weight]):
+            if owner == comm.rank():
+                owned[target.name] = weight.detach().to(device, torch.float32, copy=True)
+    return owned
+
+
+def _decompose(
+    target: Target, parts: list[torch.Tensor], config: Config
+) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+    """A0, B0 and the report row of one layer from its matrix, given as parts to sum (none for ``lora``)."""
+    started = time.monotonic()
+    method, r = config.init.method, config.lora.r
+    row: dict[str, Any] = {"name": target.name, "m": target.m, "n": target.n}
+    seed = spectral.seed_of(config.train.seed, method, target.name)
+    if method == "lora":
+        A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
+        return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
+    needed = singular_vectors_needed(method, r)
+    overlap = None
+    if len(parts) == 2:
+        # A report to two digits: the first iterations are enough.
+        halves = [spectral.truncated_svd(part.to(comm.device()), r, seed, math.inf) for part in parts]
+        overlap = spectral.subspace_overlap(*halves, r)
+        parts[0] += parts.pop()
+    matrix = parts.pop().to(comm.device())
+    squared_norm = float(matrix.double().square().sum()) if matrix.device.type == "cpu" else float(matrix.norm()) ** 2
+    if not math.isfinite(squared_norm) or squared_norm == 0:
+        raise GradientError(
+            f"{target.name}: its {'weight' if method == 'pissa' else 'gradient'} is "
+            f"{'zero' if squared_norm == 0 else 'not finite'}; no direction can be taken from it. Check the data and "
+            "the model, or leave the layer out of lora.target_modules."
+        )
+    svd = spectral.truncated_svd(matrix, needed, seed, config.init.svd_tolerance)
+    if method == "pissa":
+        pair = spectral.pissa(svd, r, config.scaling)
+    else:
+        form = {"lora_one": spectral.lora_one, "lora_one_v1": spectral.lora_one_v1, "lora_ga": spectral.lora_ga}[method]
+        pair = form(svd, r, config.gamma)
+    row |= {
+        "seconds": time.monotonic() - started,
+        "frobenius_norm": math.sqrt(squared_norm),
+        "singular_values": svd.S[: max(needed, max(COVERAGE_RANKS))].tolist(),
+        "certified_error": svd.error,
+        "relative_gap": svd.gap,
+        "power_iterations": svd.iterations,
+        "coverage": spectral.coverage(svd.S, squared_norm, COVERAGE_RANKS),
+        "half_overlap": overlap,
+    }
+    return pair, row
+
+
+def _broadcast(layers: Sequence[Target], owners: Sequence[int], own: Pairs, r: int) -> Pairs:
+    """Every owner's pairs to every rank, one flat tensor an owner."""
+    pairs: Pairs = {}
+    for owner in range(comm.world_size()):
+        its = [layer for layer, of in zip(layers, owners, strict=True) if of == owner]
+        if not its:
+            continue
+        sizes = [size for layer in its for size in (r * layer.n, layer.m * r)]
+        if owner == comm.rank():
+            flat = torch.cat([tensor.reshape(-1) for layer in its for tensor in own[layer.name]])
+        else:
+            flat = torch.empty(sum(sizes), device=comm.device())
+        comm.broadcast(flat, owner)
+        pieces = iter(flat.split(sizes))
+        for layer in its:
+            pairs[layer.name] = (next(pieces).view(r, layer.n), next(pieces).view(layer.m, r))
+    return pairs
+
+
+def set_adapters(adapters: Sequence[Adapter], pairs: Pairs, scaling: float, compensate: bool) -> dict[str, float]:
+    """Write the pairs into the adapters and, to ``compensate``, ``W <- W - s B0 A0``.  Collective.
+
+    The base is compensated with A0 and B0 as rounded to the working dtype, so that the start is exact up to the
+    rounding of W itself.
+
+    Returns:
+        Per compensated layer ``||W' - (W - s B0 A0)||_F / ||s B0 A0||_F``: what that rounding lost.
+    """
+    squared_errors = torch.zeros(len(adapters), dtype=torch.float64)
+    norms = []
+    for i, adapter in enumerate(adapters):
+        with torch.no_grad():
+            for parameter, value in zip((adapter.A, adapter.B), pairs[adapter.target.name], strict=True):
+                parameter.copy_(value)
+        if compensate:
+            squared_errors[i] = add_low_rank(adapter.weight, adapter.B.detach(), adapter.A.detach(), -scaling)
+            norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
+    if not compensate:
+        return {}
+    if hasattr(adapters[0].weight, "ds_tensor"):  # each rank rounded its own slice
+        comm.all_sum(squared_errors)
+    return {
+        adapter.target.name: math.sqrt(squared_error) / norm
+        for adapter, squared_error, norm in zip(adapters, squared_errors.tolist(), norms, strict=True)
+    }
+
+
+def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """``||B A||_F`` from the r x r Grams."""
+    B, A = B.double(), A.double()
+    return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
+
+
+def batch_loss(base: Base, micro_batches: Iterator[MicroBatch] | Sequence[MicroBatch]) -> float:
+    """Weighted loss over all ranks' micro-batches, train mode with dropout off, no gradient.  Collective."""
+    loss = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), dropout_off(base.module):
+        for micro_batch in micro_batches:
+            loss += (loss_sum(base.module, micro_batch.tensors) * micro_batch.weight).double().cpu()
+    base.release()
+    return float(comm.all_sum(loss))
+
+
+def check_loss(before: float, after: float, config: Config) -> None:
+    """A wrong sign, scale or compensation shows here at any size.  Not collective (both losses are global).
+
+    Raises:
+        InitError: if ``lora_one`` did not lower the loss of its own batch, or another method moved it.
+    """
+    method = config.init.method
+    if not math.isfinite(after):
+        raise InitError(f"init.method {method}: the loss of the init batch went from {before:.6g} to {after}.")
+    if method == "lora_one":
+        if after >= before:
+            raise InitError(
+                f"init.method lora_one: the loss of the init batch rose from {before:.6g} to {after:.6g}, but a step "
+                f"down the gradient must lower it: the step is too large. Raise init.gamma above {config.gamma:g}."
+            )
+        return
+    tolerance = LOSS_TOLERANCE[config.model.dtype]
+    if abs(after - before) > tolerance * max(1.0, before):
+        raise InitError(
+            f"init.method {method}: the loss of the init batch moved from {before:.6g} to {after:.6g}, more than the "
+            f"rounding of {config.model.dtype} explains ({tolerance:g} relative). Raise init.gamma or use fp32."
+        )

@@ -1,0 +1,222 @@
+"""What a run tells: progress on rank 0, ``metrics.jsonl``, TensorBoard, seconds and peak bytes per phase, the report.
+
+In: numbers.  Out: files in the run folder and lines on rank 0's standard output.  Every rank constructs and calls the
+same things; only rank 0 writes.  Nothing here is collective except where said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_one_dist import comm
+from lora_one_dist.config import Config
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors")
+MIB = 2**20
+
+
+class RunFolder:
+    """The record of one run.  ``root`` exists on rank 0 after construction (see :func:`refuse_used_folder`)."""
+
+    def __init__(self, root: Path, writes: bool):
+        self.root = root
+        self.writes = writes
+        self.board: Any = None
+        if writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            root.mkdir(parents=True, exist_ok=True)
+            self.board = SummaryWriter(str(root / "tensorboard"))
+            self.lines = (root / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def say(self, message: str) -> None:
+        """One line of progress."""
+        if self.writes:
+            print(message, flush=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A file of the run folder."""
+        if self.writes:
+            (self.root / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers in TensorBoard."""
+        if not self.writes:
+            return
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines.flush()
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush what is open."""
+        if self.writes:
+            self.lines.close()
+            self.board.close()
+
+
+def refuse_used_folder(root: Path) -> None:
+    """Raise ValueError if the folder holds anything: two runs never share one."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"output_dir = {root}: exists and is not empty. Give another folder, or remove this one.")
+
+
+def describe_run(config: Config, launch: comm.Launch) -> dict[str, Any]:
+    """Versions, commit, hardware and launch of this run."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+        "launch": launch.source,
+        "world_size": launch.world_size,
+        "zero_stage": config.zero_stage,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with '+changes' if files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return None
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+class Phases:
+    """Seconds and peak bytes of named phases of this rank; a phase entered again adds its seconds.
+
+    Peak bytes are those of the GPU's allocator, or on a CPU of the process (resident, imports included).
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak_bytes()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_bytes())
+
+    def over_ranks(self) -> list[dict[str, Any]]:
+        """A row per phase with the slowest rank's seconds and the largest peak.  Collective."""
+        ranks = comm.all_gather_object((self.seconds, self.peak_bytes))
+        return [
+            {
+                "phase": name,
+                "seconds": max(seconds[name] for seconds, _ in ranks),
+                "peak_bytes": max(peak[name] for _, peak in ranks),
+            }
+            for name in self.seconds
+        ]
+
+
+def reset_peak_bytes() -> None:
+    """Start a new peak."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # some containers forbid it; the peak is then that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak since the last reset: GPU allocations, or resident host memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def init_summary(rows: Sequence[Mapping[str, Any]], tokens: int, r: int) -> list[str]:
+    """Lines for people about the init report: coverage at r, certificate, agreement of the halves, warnings."""
+    rows = [row for row in rows if "coverage" in row]
+    if not rows:
+        return []
+    lines = []
+    at = [row["coverage"].get(r) for row in rows if r in row["coverage"]]
+    if at:
+        mean = sum(at) / len(at)
+        lines.append(f"rank {r} covers {min(at):.0%} to {max(at):.0%} of a layer's energy, {mean:.0%} on average")
+    worst = max(rows, key=lambda row: row["certified_error"])
+    lines.append(f"largest certified error of a top space {worst['certified_error']:.1e} ({worst['name']})")
+    overlaps = [row["half_overlap"] for row in rows if row["half_overlap"] is not None]
+    if overlaps:
+        lines.append(
+            f"top-{r} spaces of the batch's halves overlap by {sum(overlaps) / len(overlaps):.0%} on average "
+            "(100 %: more samples change nothing)"
+        )
+    if tokens and tokens < r:
+        lines.append(
+            f"warning: the init batch has {tokens} target tokens, fewer than lora.r = {r}: its gradient has no more "
+            "directions than tokens. Raise init.num_samples."
+        )
+    return lines
+
+
+def plot_report(rows: Sequence[Mapping[str, Any]], path: Path, r: int) -> None:
+    """A picture to choose r by: energy covered by rank for each kind of layer, and at r along the depth."""
+    rows = [row for row in rows if "coverage" in row]
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["name"].rpartition(".")[2], []).append(row)
+    figure, (by_rank, by_depth) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for kind, layers in kinds.items():
+        ranks = sorted(set.intersection(*(set(row["coverage"]) for row in layers)))
+        means = [sum(row["coverage"][k] for row in layers) / len(layers) for k in ranks]
+        by_rank.plot(ranks, means, marker="o", markersize=3, label=kind)
+        shown = [(depth, row["coverage"][r]) for depth, row in enumerate(layers) if r in row["coverage"]]
+        by_depth.plot(*zip(*shown, strict=True), marker=".", label=kind) if shown else None
+    by_rank.axvline(r, color="grey", linestyle=":", label=f"lora.r = {r}")
+    by_rank.set(xscale="log", xlabel="rank", ylabel="share of energy covered", ylim=(0, 1.02), title="mean over layers")
+    by_rank.set_xscale("log", base=2)
+    by_depth.set(xlabel="layer", ylabel="share of energy covered", ylim=(0, 1.02), title=f"along the depth, rank {r}")
+    by_rank.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def final_table(title: str, before_after: Sequence[tuple[str, Any, Any]], phases: Sequence[Mapping[str, Any]]) -> str:
+    """The short table at the end of a run."""
+    lines = ["", title, f"  {'':<28}{'before':>12}{'after':>12}"]
+    for name, before, after in before_after:
+        cells = "".join(f"{'-' if value is None else format(value, '.4f'):>12}" for value in (before, after))
+        lines.append(f"  {name:<28}{cells}")
+    kind = "GPU memory" if torch.cuda.is_available() else "host memory, imports included"
+    lines += ["", f"  {'phase':<28}{'seconds':>12}{'peak MiB':>12}   (slowest rank; largest {kind})"]
+    lines += [f"  {row['phase']:<28}{row['seconds']:>12.1f}{row['peak_bytes'] / MIB:>12.0f}" for row in phases]
+    return "\n".join(lines)

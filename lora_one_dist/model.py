@@ -1,0 +1,345 @@
+"""The base model and its adapters.
+
+In: the ``model`` and ``lora`` groups of a config.  Out: a :class:`~lora_one_dist.sharding.Base` whose frozen weights
+live where the ZeRO JSON says, the list of :class:`Target` layers, and, after :func:`inject_adapters`, PEFT's LoRA
+modules as plain tensors outside ZeRO.  Everything that can be refused is refused on a model without values, before a
+weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_one_dist import comm, sharding
+from lora_one_dist.config import LoraConfig, ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class ModelError(ValueError):
+    """A model or a target list that cannot be trained: value, rule, remedy."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that gets an adapter: dotted module name, out_features m, in_features n."""
+
+    name: str
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a model before a weight is read."""
+
+    folder: Path
+    skeleton: Any
+    """transformers model with parameters on the meta device."""
+    targets: list[Target]
+    files: dict[str, Path] | None
+    """Safetensors file of each tensor, or None where names do not map one to one."""
+
+
+def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
+    """Read config.json and the tensor names, and refuse what cannot work.  Reads no weights.  Not collective.
+
+    Args:
+        folder: from :func:`local_folder`.
+        rank_needed: singular vectors that the initialisation takes from each target.
+
+    Raises:
+        ModelError: naming value, rule and remedy.
+    """
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path = {config.path}: is quantised; its weights have no exact gradient here and 8-bit ZeRO-3 is "
+            "unproved. Give the unquantised model."
+        )
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
+        skeleton = AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
+    return Plan(folder, skeleton, find_targets(skeleton, lora, rank_needed), tensor_files(folder, skeleton))
+
+
+def local_folder(path: str) -> Path:
+    """The folder itself, or a hub name's snapshot, downloaded by the first rank of each host.  Collective."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with comm.local_first():
+        return Path(snapshot_download(path, allow_patterns=patterns))
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Raise ModelError if the tokenizer can produce an id that the model has no embedding for.  Pure."""
+    largest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ModelError(
+            f"model.path: the tokenizer's largest id is {largest}, the model has {rows} embeddings. Use the tokenizer "
+            "that the model was trained with."
+        )
+
+
+def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0) -> list[Target]:
+    """The linear layers that ``target_modules`` names, in forward order of definition.  Pure.
+
+    Raises:
+        ModelError: for an ending that matches nothing (with the nearest), a layer that is no plain linear, a layer that
+            shares its weight, or r above min(m, n).
+    """
+    modules = dict(model.named_modules())
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    _refuse_experts(model)
+    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
+    if lora.target_modules == "all-linear":
+        if any(isinstance(module, Conv1D) for module in modules.values()):
+            raise ModelError(
+                "lora.target_modules = all-linear: the model has Conv1D layers (transposed weights), which are not "
+                "supported. Use a model with plain linear layers."
+            )
+        names = [name for name in modules if name in linear and name != head]
+    else:
+        names = _match_endings(modules, lora.target_modules)
+    targets = []
+    owners: dict[int, str] = {}
+    for name, module in modules.items():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            shared = owners.setdefault(id(module.weight), name)
+            if shared != name and (name in names or shared in names):
+                raise ModelError(
+                    f"lora.target_modules: {name} shares its weight with {shared}; its gradient would be the sum of "
+                    "both. Leave it out of target_modules."
+                )
+    for name in names:
+        layer = modules[name]
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(
+                f"lora.target_modules: {name} is a {type(layer).__name__}; only nn.Linear is supported. Leave it out."
+            )
+        m, n = layer.out_features, layer.in_features
+        if lora.r > min(m, n):
+            raise ModelError(f"lora.r = {lora.r}: must be at most min(m, n) = {min(m, n)} of {name}. Lower it.")
+        if rank_needed > min(m, n):
+            raise ModelError(
+                f"lora.r = {lora.r}: this init.method takes {rank_needed} singular vectors, {name} has {min(m, n)}. "
+                "Lower lora.r."
+            )
+        targets.append(Target(name, m, n))
+    if not targets:
+        raise ModelError(f"lora.target_modules = {lora.target_modules}: no layer left to adapt. Name at least one.")
+    return targets
+
+
+def _refuse_experts(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2 and "expert" in name:
+            raise ModelError(
+                f"model.path: {name} holds mixture-of-experts weights {tuple(parameter.shape)}; tokens reach experts "
+                "unevenly, which the gradient phase does not support. Use a dense model."
+            )
+    for name, _ in model.named_modules():
+        if name.endswith(".experts"):
+            raise ModelError(
+                f"model.path: {name} is a mixture of experts; tokens reach experts unevenly, which the gradient phase "
+                "does not support. Use a dense model."
+            )
+
+
+def _match_endings(modules: dict[str, Any], endings: Sequence[str]) -> list[str]:
+    """Names that equal an ending or end in '.ending': PEFT's rule.  Every ending must match."""
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    problems = []
+    for ending in endings:
+        if not any(name == ending or name.endswith(f".{ending}") for name in modules if name):
+            near = difflib.get_close_matches(ending, leaves, n=3)
+            hint = f"Did you mean {', '.join(near)}?" if near else f"Linear layers here: {', '.join(leaves)}."
+            problems.append(f"{ending!r} matches no layer. {hint}")
+    if problems:
+        raise ModelError("lora.target_modules: " + " ".join(problems))
+    return [name for name in modules if any(name == end or name.endswith(f".{end}") for end in endings)]
+
+
+def tensor_files(folder: Path, model: Any) -> dict[str, Path] | None:
+    """Map every parameter and persistent buffer to its safetensors file, by header alone; None if not one to one.
+
+    Raises:
+        ModelError: if the folder holds no safetensors, or its index names a missing file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = sorted({folder / name for name in weight_map.values()})
+    else:
+        paths = [folder / "model.safetensors"]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ModelError(
+            f"model.path = {folder}: {', '.join(missing)} missing. Give a folder with all of its *.safetensors "
+            "(save_pretrained writes them; other formats are not read)."
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Path] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (safe_open is no mapping)
+                found[name] = path
+                shapes[name] = tuple(reader.get_slice(name).get_shape())
+    state = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    wanted = {}
+    for names in names_of.values():
+        present = [name for name in names if name in found]
+        if not present or shapes[present[0]] != tuple(state[present[0]].shape):
+            return None
+        wanted[present[0]] = found[present[0]]
+    known = set(state) | {name for name, _ in model.named_buffers()}
+    extra = {name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")}
+    return None if extra else wanted
+
+
+def load(config: ModelConfig, planned: Plan, policy: dict[str, Any], micro_batch_size: int) -> sharding.Base:
+    """Load the frozen base: by slices where names map one to one, else by ``from_pretrained``.  Collective."""
+    stage = policy.get("zero_optimization", {}).get("stage", 0)
+    ds_config = None
+    if stage == 3:
+        sharding.start_deepspeed()
+        ds_config = sharding.deepspeed_config(policy, config.dtype, micro_batch_size)
+    if planned.files is not None:
+        base = sharding.load_slices(planned.skeleton, planned.files, comm.device(), ds_config)
+    else:
+
+        def build() -> nn.Module:
+            model = AutoModelForCausalLM.from_pretrained(
+                planned.folder,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+            )
+            return model if stage == 3 else model.to(comm.device())
+
+        base = sharding.load_pretrained(build, ds_config)
+    base.module.config.use_cache = False
+    if config.gradient_checkpointing != "none":
+        reentrant = config.gradient_checkpointing == "reentrant"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name does not exist in transformers 5.17
+            base.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.module.enable_input_require_grads()  # every weight is frozen: the graph must start somewhere
+    return base
+
+
+def loss_sum(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy summed over a batch's target tokens, fp32 scalar (0 if it has none).  Collective under stage 3.
+
+    A sum, not transformers' mean: the caller divides by the targets of the whole global batch, so that the loss is
+    the same however the batch is split into micro-batches and ranks.
+    """
+    device = comm.device()
+    logits = model(
+        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+    ).logits
+    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).to(device)  # shifts labels, not the logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Train mode (gradient checkpointing needs it) with every dropout probability of the base at 0."""
+    saved: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for key, value in vars(module).items():
+            is_probability = "dropout" in key or (key == "p" and isinstance(module, nn.Dropout))
+            if is_probability and isinstance(value, float) and value > 0:
+                saved.append((module, key, value))
+    was_training = model.training
+    model.train()
+    for module, key, _ in saved:
+        setattr(module, key, 0.0)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for module, key, value in saved:
+            setattr(module, key, value)
+
+
+def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **changes: Any) -> PeftLoraConfig:
+    """PEFT's description of the adapters; all-linear becomes the list of module endings, as PEFT itself writes it."""
+    endings = lora.target_modules
+    if endings == "all-linear":
+        endings = sorted({target.name.rpartition(".")[2] for target in targets})
+    fields: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": endings,
+        "bias": "none",
+    }
+    return PeftLoraConfig(**{**fields, **changes})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight`` (m, n)."""
+
+    target: Target
+    A: nn.Parameter
+    B: nn.Parameter
+    weight: nn.Parameter
+
+
+def inject_adapters(
+    base: sharding.Base, config: PeftLoraConfig, targets: Sequence[Target], dtype: str
+) -> list[Adapter]:
+    """Put PEFT LoRA layers around the targets, outside ZeRO.  Not collective.  Returns them in target order."""
+    inject_adapter_in_model(config, base.module)
+    layers = {name: module for name, module in base.module.named_modules() if isinstance(module, LoraLayer)}
+    expected = {target.name for target in targets}
+    if set(layers) != expected:
+        raise ModelError(
+            f"lora.target_modules: PEFT and the plan differ in {sorted(set(layers) ^ expected)[:3]}. Name the layers by "
+            "longer endings."
+        )
+    adapters = []
+    for target in targets:
+        layer = layers[target.name]
+        A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        for module in (A, B):
+            module.to(device=comm.device(), dtype=DTYPES[dtype])
+        adapters.append(Adapter(target, A.weight, B.weight, layer.base_layer.weight))
+    return adapters

@@ -1,0 +1,209 @@
+"""The only user of ``deepspeed``: where the frozen base weights live.
+
+In: a model without values (or a function that loads one), and a ZeRO JSON (memory policy only).  Out: a :class:`Base`,
+which is the plain module under stage 0 (every rank holds every weight), or a module whose parameters ZeRO-3 partitions
+over the ranks and gathers layer by layer.  The base is frozen, so no DeepSpeed optimizer ever sees it.
+
+Memory per rank, stage 3: ``bytes(base) / world_size``, plus the layers gathered at one time, plus a second, whole copy
+of the parameters below ``stage3_param_persistence_threshold``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+# DeepSpeed picks its accelerator when it is imported.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+if not torch.cuda.is_available():
+    # deepspeed.init_distributed compiles a C++ shared-memory all-reduce on a CPU (minutes, and a killed build leaves
+    # a lock on which every later run waits). gloo serves; deepspeed 0.19 asks this table before it builds.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+SLAB_BYTES = 64 * 2**20  # of one tensor read at a time while loading
+
+
+class _UnfilledInit(deepspeed.zero.Init):
+    """``zero.Init`` that leaves each new partition unfilled.
+
+    The stock one broadcasts every tensor from rank 0 to give all ranks the same random values; ours are read from the
+    checkpoint a moment later, so the broadcast would only move ``bytes(base)`` over the network and touch whole
+    tensors in host memory.
+    """
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+@dataclass
+class Base:
+    """The frozen model, and the DeepSpeed engine that partitions it (None under stage 0)."""
+
+    module: Any
+    engine: Any = None
+
+    @property
+    def partitioned(self) -> bool:
+        """Does ZeRO-3 partition the base?"""
+        return self.engine is not None
+
+    def release(self) -> None:
+        """Partition what a backward pass left gathered.  Call after each pass.  Not collective."""
+        if self.engine is not None:
+            self.engine.optimizer.partition_all_parameters()
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Hold the whole of these parameters for the block, to read.  Collective under stage 3."""
+        if self.engine is None:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+
+
+def deepspeed_config(policy: dict[str, Any], dtype: str, micro_batch_size: int) -> dict[str, Any]:
+    """The ZeRO JSON with what the run's config decides: precision and micro-batch.  Pure."""
+    # DeepSpeed's "memory efficient" linear saves every input for a weight gradient that a frozen base never has.
+    zero = {"memory_efficient_linear": False, **policy.get("zero_optimization", {})}
+    return {
+        **policy,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "bf16": {"enabled": dtype == "bf16"},
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed use the process group of ``comm.init``.  Collective."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+
+
+def load_slices(skeleton: nn.Module, files: Mapping[str, Path], device: torch.device, ds_config: dict | None) -> Base:
+    """Give each rank its own slice (stage 3) or all (``ds_config`` None) of every tensor, read from the files.
+
+    No rank reads or holds more than its own partitions, one slab of rows at a time.  Collective under stage 3.
+
+    Args:
+        skeleton: model with parameters on the meta device and real buffers.
+        files: the safetensors file of each tensor by name.
+    """
+    init = None if ds_config is None else _UnfilledInit(config_dict_or_path=ds_config)
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        readers = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
+        for prefix, module in skeleton.named_modules():
+            for key, meta in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{key}" if prefix else key
+                if name in files and meta not in filled:
+                    param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
+                    if init is not None:
+                        init._convert_to_zero_parameters([param])
+                    _read_own(param, readers[files[name]].get_slice(name))
+                    filled[meta] = param
+        for module in skeleton.modules():
+            for key, meta in list(module.named_parameters(recurse=False)):
+                module.register_parameter(key, filled[meta])
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[key] = buffer.to(device)
+        for name, buffer in skeleton.named_buffers():
+            if name in files:
+                buffer.copy_(readers[files[name]].get_tensor(name))
+    return Base(skeleton) if ds_config is None else _initialize(skeleton, ds_config)
+
+
+def load_pretrained(build: Callable[[], nn.Module], ds_config: dict | None) -> Base:
+    """The road for checkpoints whose names do not map one to one: ``build`` is ``from_pretrained``.  Collective.
+
+    Under stage 3 global rank 0 reads the whole model into host memory and broadcasts it, a tensor at a time.
+    """
+    if ds_config is None:
+        return Base(build().requires_grad_(False))
+    keep_alive = HfDeepSpeedConfig(ds_config)  # from_pretrained finds it by weak reference
+    base = _initialize(build(), ds_config)
+    del keep_alive
+    return base
+
+
+def _initialize(model: nn.Module, ds_config: dict[str, Any]) -> Base:
+    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
+    return Base(engine.module, engine)
+
+
+def _own_range(param: Any) -> tuple[torch.Tensor, int]:
+    """The flat elements that this rank holds of a parameter, without padding, and the index of the first."""
+    if not hasattr(param, "ds_tensor"):
+        return param.data.view(-1), 0
+    start = param.ds_tensor.ds_numel * param.ds_zero_partition_rank
+    return param.ds_tensor.data[: max(0, param.ds_numel - start)], start
+
+
+def _slabs(start: int, stop: int, row: int, element_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut flat elements [start, stop) of a matrix with ``row`` columns into slabs of whole rows.
+
+    Yields (top, bottom, first, last): rows [top, bottom) cover the flat elements [first, last).
+    """
+    if start >= stop:
+        return
+    rows_per_slab = max(1, SLAB_BYTES // (row * element_size))
+    end = -(-stop // row)
+    for top in range(start // row, end, rows_per_slab):
+        bottom = min(top + rows_per_slab, end)
+        yield top, bottom, max(start, top * row), min(stop, bottom * row)
+
+
+def _read_own(param: Any, source: Any) -> None:
+    """Fill what this rank holds of a parameter from a safetensors slice."""
+    own, start = _own_range(param)
+    shape = tuple(source.get_shape())
+    row = math.prod(shape[1:])
+    for top, bottom, first, last in _slabs(start, start + own.numel(), row, own.element_size()):
+        slab = source[top:bottom].reshape(-1)
+        own[first - start : last - start].copy_(slab[first - top * row : last - top * row])
+
+
+def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) -> float:
+    """``W <- W + scale * B A`` on whatever this rank holds of W, rounded once to W's dtype.  Not collective.
+
+    Args:
+        weight: base weight (m, n), partitioned or whole; gathered only if it is a persistent parameter.
+        B: (m, r).  A: (r, n).  scale: dimensionless.
+
+    Returns:
+        sum of squares of ``W_rounded - (W + scale B A)`` over the elements that this rank holds.
+    """
+    own, start = _own_range(weight)
+    squared_error = _add_rows(own, start, B, A, scale)
+    if hasattr(weight, "ds_tensor") and weight.ds_status == ZeroParamStatus.AVAILABLE:
+        _add_rows(weight.data.view(-1), 0, B, A, scale)  # a persistent parameter's second, whole copy
+    return squared_error
+
+
+def _add_rows(flat: torch.Tensor, start: int, B: torch.Tensor, A: torch.Tensor, scale: float) -> float:
+    """Add elements [start, start + len(flat)) of the flattened ``scale * B A``."""
+    B, A = B.to(flat.device, torch.float32), A.to(flat.device, torch.float32)
+    n, squared_error = A.shape[1], 0.0
+    for top, bottom, first, last in _slabs(start, start + flat.numel(), n, A.element_size()):
+        part = flat[first - start : last - start]
+        exact = part.float() + scale * (B[top:bottom] @ A).reshape(-1)[first - top * n : last - top * n]
+        part.copy_(exact)
+        squared_error += float((part.float() - exact).double().square().sum())
+    return squared_error

@@ -1,0 +1,72 @@
+"""Small models with every trait that the tests need, written to a folder from a fixed seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 64
+
+
+def llama(layers: int = 4) -> PreTrainedModel:
+    """Llama with grouped-query attention (4 heads, 2 key/value heads): 7 targets a layer."""
+    torch.manual_seed(11)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=72,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def qwen2() -> PreTrainedModel:
+    """Qwen2: biases on q, k, v, tied embeddings, 5 layers (2, 3 and 4 do not divide it)."""
+    torch.manual_seed(12)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+MODELS = {"llama": llama, "qwen2": qwen2}
+
+
+def save(kind: str, folder: Path, shard_size: str = "20KB") -> Path:
+    """Write the model in several safetensors shards."""
+    MODELS[kind]().save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def samples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Token sequences of uneven length with a masked prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(6, 20, (), generator=generator))
+        prompt = int(torch.randint(1, 5, (), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows

@@ -1,0 +1,89 @@
+"""Run a function on N ranks: real processes, gloo over localhost, a fresh interpreter state each.
+
+``importing`` torch, transformers and deepspeed takes seconds, so ranks are forked from a server that has imported
+them once and has touched neither autograd nor a process group.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 240
+PRELOAD = ["tests.ranks", "lora_one_dist.model", "tests.models"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, local_size: int | None = None) -> list[Any]:
+    """Call ``function(*args)`` on each of ``world_size`` ranks after ``comm.init``; return their results by rank.
+
+    Raises AssertionError with the first failing rank's traceback, or if a rank neither ends nor answers in time.
+    """
+    env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receive, send = _context.Pipe(duplex=False)
+        env_of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank % (local_size or world_size))}
+        process = _context.Process(target=_rank, args=(env_of_rank, send, function, args), daemon=True)
+        process.start()
+        send.close()
+        pipes.append(receive)
+        processes.append(process)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    outcomes: list[tuple[str, Any]] = []
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(max(0.0, deadline - time.monotonic())):
+            outcomes.append(("hung", f"no answer in {TIMEOUT_SECONDS} s"))
+            continue
+        try:
+            outcomes.append(pickle.loads(pipe.recv_bytes()))
+        except EOFError:
+            outcomes.append(("died", f"exit code {processes[rank].exitcode}"))
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    # A rank that failed explains those that hang because of it: report it first.
+    failed = sorted(
+        (r for r in range(world_size) if outcomes[r][0] != "ok"), key=lambda r: outcomes[r][0] in ("hung", "died")
+    )
+    assert not failed, f"rank {failed[0]} of {world_size} {outcomes[failed[0]][0]}:\n{outcomes[failed[0]][1]}"
+    return [value for _, value in outcomes]
+
+
+def _rank(env: dict[str, str], pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(env)
+    import torch
+
+    from lora_one_dist import comm
+
+    torch.set_num_threads(1)
+    try:
+        comm.init()
+        outcome = ("ok", function(*args))
+    except BaseException:
+        outcome = ("raised", traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(outcome))
+    os._exit(0)  # peers may be waiting for this rank in a collective; do not wait for them
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import json
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
