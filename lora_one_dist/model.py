@@ -332,8 +332,8 @@ def inject_adapters(
     expected = {target.name for target in targets}
     if set(layers) != expected:
         raise ModelError(
-            f"lora.target_modules: PEFT and the plan differ in {sorted(set(layers) ^ expected)[:3]}. Name the layers by "
-            "longer endings."
+            f"lora.target_modules: PEFT and the plan differ in {sorted(set(layers) ^ expected)[:3]}. Name the layers "
+            "by longer endings."
         )
     adapters = []
     for target in targets:

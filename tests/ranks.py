@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240
-PRELOAD = ["tests.ranks", "lora_one_dist.model", "tests.models"]
+PRELOAD = ["tests.ranks", "lora_one_dist.train", "tests.models"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
