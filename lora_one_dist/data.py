@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_one_dist.config import DATA_SUFFIXES, DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 # The settings that change a row's tokens; the others may change without making a cached result stale.
@@ -67,19 +68,15 @@ def load_rows(source: str | list[str], split: str, max_samples: int | None) -> D
         parts = [_load_file(path) for path in sources]
         for path, part in zip(sources, parts, strict=True):
             if part.features != parts[0].features:
-                raise DataError(
-                    f"{path}: has columns {dict(part.features)}, {sources[0]} has {dict(parts[0].features)}. "
-                    "Files of one list must have the same columns of the same types. Write all with the same tool."
-                )
+                found = f"{path}: has columns {dict(part.features)}, {sources[0]} has {dict(parts[0].features)}"
+                raise DataError(f"{found}. Names and types must be the same in all. Write them with the same tool.")
         rows = datasets.concatenate_datasets(parts)
     else:
         try:
             rows = datasets.load_dataset(sources[0], split=split)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"{sources[0]}, split {split}: cannot be loaded: {_cause(error)}. Check the name, the split and the "
-                f"network, or give files ending in {', '.join(DATA_SUFFIXES)}."
-            ) from error
+            remedy = f"Check name, split and network, or give files ending in {', '.join(DATA_SUFFIXES)}"
+            raise DataError(f"{sources[0]}, split {split}: cannot be loaded: {_cause(error)}. {remedy}.") from error
     return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
 
 
@@ -87,10 +84,11 @@ def _load_file(path: str) -> Dataset:
     import datasets
     from datasets import Features, Json, Value
 
-    kind = {".jsonl": "json"}.get(suffix := Path(path).suffix, suffix[1:])
+    suffix = Path(path).suffix
     if not Path(path).is_file() or suffix not in DATA_SUFFIXES:
         raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
-    if kind != "parquet" and not sum(1 for line in _lines(path) if line.strip()) > (kind == "csv"):
+    kind = "json" if suffix == ".jsonl" else suffix[1:]
+    if kind != "parquet" and sum(bool(line.strip()) for line in _lines(path)) <= (kind == "csv"):  # a header is no row
         raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
     options: dict[str, Any] = {}
     if kind == "csv":
@@ -161,9 +159,7 @@ def _find_bad_json(path: str) -> str:
     return path
 
 
-def tokenize(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, num_proc: int | None = None
-) -> TokenData:
+def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig, *, num_proc: int | None = None) -> TokenData:
     """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
 
     Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
@@ -172,11 +168,12 @@ def tokenize(
     from datasets import Features, List, Value
 
     if config.format == "chat" and not tokenizer.chat_template:
-        raise DataError(
-            f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which chats need. Take "
-            "the instruction-tuned model's tokenizer, set its chat_template, or use data.format completion."
-        )
+        value = f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which it needs"
+        raise DataError(f"{value}. Take the instruction-tuned model's tokenizer, or use data.format completion.")
     columns = _columns(rows, config)
+    settings = DataConfig(train="", **config.model_dump(include=TOKEN_FIELDS))
+    # `datasets` hashes a module's function by its name only: without this an edit here would meet stale results.
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     counts = dict.fromkeys(("prompt_length", "num_targets", "uncut_length"), Value("int64"))
     mapped = rows.select_columns(columns).map(
         _encode_rows,
@@ -184,22 +181,15 @@ def tokenize(
         with_indices=True,
         remove_columns=columns,
         features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "config": DataConfig(train="", **config.model_dump(include=TOKEN_FIELDS)),
-            # `datasets` hashes a module's function by name only: without this an edit here would meet stale results.
-            "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        },
+        fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
         num_proc=num_proc,
         desc="tokenize",
     )
     targets, lengths = (mapped.data.column(name).to_numpy() for name in ("num_targets", "uncut_length"))
     kept, truncated = targets > 0, lengths > config.max_length
     if not kept.any():
-        raise DataError(
-            f"data.max_length = {config.max_length}: none of {len(rows)} rows has a token to learn, {truncated.sum()} "
-            "were cut. Some row must have one. Raise max_length; a chat needs a message of role 'assistant'."
-        )
+        value = f"data.max_length = {config.max_length}: cuts {truncated.sum()} of {len(rows)} rows"
+        raise DataError(f"{value}, none has a token to learn. Raise it; a chat needs a message of role 'assistant'.")
     dataset = mapped.remove_columns("uncut_length")
     return TokenData(
         dataset=dataset if kept.all() else dataset.select(kept.nonzero()[0]),
@@ -212,7 +202,7 @@ def tokenize(
 
 
 def load_eval_prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, indices: Iterable[int]
+    rows: Dataset, tokenizer: Tokenizer, config: DataConfig, indices: Iterable[int]
 ) -> list[tuple[list[int], str]]:
     """For rows ``indices`` of format completion: the ids of the prompt alone, as generation sees it, and the completion.
 
@@ -220,8 +210,7 @@ def load_eval_prompts(
     """
     columns, prompts = _columns(rows, config), []
     for index in indices:
-        row = {name: value for name, value in rows[index].items() if name in columns}
-        whole, prompt = _texts(row, index, tokenizer, config)
+        whole, prompt = _texts({name: rows[index][name] for name in columns}, index, tokenizer, config)
         ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
         if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
@@ -231,14 +220,14 @@ def load_eval_prompts(
 
 def _columns(rows: Dataset, config: DataConfig) -> list[str]:
     """The columns that the format reads, all of them present."""
-    template = {"completion": config.prompt + config.completion, "chat": f"{{{config.messages}}}"}
-    named = [name for _, name, _, _ in string.Formatter().parse(template.get(config.format, f"{{{config.text}}}")) if name]
-    if missing := [name for name in named if name not in rows.column_names]:
-        raise DataError(
-            f"data.format = {config.format}: reads columns {missing}, the data has {rows.column_names}. Name its columns "
-            "in data.prompt and data.completion, data.messages or data.text."
-        )
-    return list(dict.fromkeys(named))
+    template = config.prompt + config.completion
+    columns = {"chat": [config.messages], "text": [config.text]}.get(config.format) or list(
+        dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    )
+    if missing := [name for name in columns if name not in rows.column_names]:
+        value = f"data.format = {config.format}: reads columns {missing}, the data has {rows.column_names}"
+        raise DataError(f"{value}. Name its columns in data.prompt and data.completion, data.messages or data.text.")
+    return columns
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
@@ -247,8 +236,7 @@ def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
 
 def _encode_rows(batch: Mapping[str, list], indices: list[int], tokenizer: Any, config: DataConfig, code: str) -> dict:
     """What `Dataset.map` calls: a function of its arguments alone (``code`` is there to be hashed)."""
-    columns = zip(*batch.values(), strict=True)
-    rows = [dict(zip(batch, values, strict=True)) for values in columns]
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     texts = [_texts(row, index, tokenizer, config) for row, index in zip(rows, indices, strict=True)]
     # A chat's special tokens are all in its template.
     ids = iter(_ids(tokenizer, [text for row in texts for text in row], special=config.format != "chat"))
@@ -288,10 +276,8 @@ def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
         texts.append(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
         texts.append(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
     if not all(texts[0].startswith(text) for text in texts):
-        raise DataError(
-            "the chat template rewrites earlier turns, so what is learnt is not what is generated. Loss on assistant "
-            "turns needs each to stay as it was. Set data.loss_on: all, or change the tokenizer's chat_template"
-        )
+        value = "the chat template rewrites earlier turns, so what is learnt is not what is generated"
+        raise DataError(f"{value}. Set data.loss_on: all, or take a chat_template that leaves them as they were")
     return texts
 
 
@@ -308,14 +294,10 @@ def _encode(ids: list[list[int]], eos: int | None, config: DataConfig) -> dict[s
     labels = [IGNORE_INDEX] * len(whole)
     for start, stop in zip(borders[::2], [*borders[1::2], len(whole)], strict=False):
         labels[start:stop] = whole[start:stop]
-    whole_length, whole, labels = len(whole), whole[: config.max_length], labels[: config.max_length]
-    return {
-        "input_ids": whole,
-        "labels": labels,
-        "prompt_length": min([*borders[:1], len(whole)]),
-        "num_targets": sum(label != IGNORE_INDEX for label in labels[1:]),
-        "uncut_length": whole_length,
-    }
+    input_ids, labels = whole[: config.max_length], labels[: config.max_length]
+    num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
+    counts = {"prompt_length": min([*borders[:1], len(input_ids)]), "num_targets": num_targets}
+    return {"input_ids": input_ids, "labels": labels, **counts, "uncut_length": len(whole)}
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -324,7 +306,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
-    """Permutation (num_samples,) int64 of an epoch's samples, a function of the arguments alone; cached: do not write."""
+    """Permutation (num_samples,) int64 of an epoch's samples, a function of the arguments alone; do not write to it."""
     digest = hashlib.sha256(repr(("order", seed, epoch)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(num_samples, generator=generator)
@@ -346,30 +328,26 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 
     Every rank gets as many; one that is missing is an empty list, for which the caller runs a weightless sample.
     """
-    starts = range(0, num_samples, micro_batch_size)
-    padded = -(-len(starts) // world_size) * world_size * micro_batch_size
-    own = range(rank * micro_batch_size, padded, world_size * micro_batch_size)
-    return [list(range(start, min(start + micro_batch_size, num_samples))) for start in own]
+    num_micro_batches = -(-num_samples // micro_batch_size)
+    rounds = -(-num_micro_batches // world_size)
+    starts = [k * micro_batch_size for k in range(rank, rounds * world_size, world_size)]
+    return [list(range(start, min(start + micro_batch_size, num_samples))) for start in starts]
 
 
-def collate(
-    samples: Sequence[Mapping[str, Any]], pad_token_id: int, *, weightless: bool = False
-) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right; weightless: no label at all."""
-    assert samples, "a micro-batch needs a sample: pass any one with weightless=True"
-    shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
-    batch = {"input_ids": torch.full(shape, pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.int64)}
-    batch["labels"] = torch.full(shape, IGNORE_INDEX)
-    for i, sample in enumerate(samples):
-        length = len(sample["input_ids"])
-        batch["input_ids"][i, :length] = torch.as_tensor(sample["input_ids"])
-        batch["attention_mask"][i, :length] = 1
-        if not weightless:
-            batch["labels"][i, :length] = torch.as_tensor(sample["labels"])
-    return batch
+    ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
+    mask = [torch.ones_like(row) for row in ids]
+    if weightless:
+        labels = [torch.full_like(row, IGNORE_INDEX) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
-def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer of a model, padding with its own pad token or else its eos or unk token.
 
     Raises DataError: there is no tokenizer, or none of the three tokens.
@@ -384,5 +362,5 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
-        raise DataError(f"model.path = {path}: its tokenizer has no pad, eos or unk token to pad with. {remedy}, with one.")
+        raise DataError(f"model.path = {path}: has no pad, eos or unk token to pad with. {remedy}, with one of them.")
     return tokenizer

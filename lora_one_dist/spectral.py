@@ -23,9 +23,10 @@ SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not det
 class TruncatedSVD:
     """``U (m, k), S (k,), Vh (k, n)`` of the k largest singular values, with a certificate for the first r.
 
-    error: ``max_{i<=r} ||G v_i - S_i u_i|| / (S_r - S_{r+1})``, a bound on the sine of the angle to the exact top-r
-    space (Davis-Kahan); where the gap is below SMALL_GAP of S_r the space is not determined and SMALL_GAP * S_r takes
-    the gap's place.  gap: ``(S_r - S_{r+1}) / S_r``.  iterations: power iterations, 0 for a full SVD.
+    error: ``max_{i<=r} max(||G v_i - S_i u_i||, ||G' u_i - S_i v_i||) / (S_r - S_{r+1})``, which tracks the sine of the
+    angle to the exact top-r space (Wedin); both sides, since svd_lowrank makes one of them zero by construction, and
+    which one depends on m < n.  Where the gap is below SMALL_GAP of S_r the space is not determined and SMALL_GAP * S_r
+    takes the gap's place.  gap: ``(S_r - S_{r+1}) / S_r``.  iterations: power iterations, 0 for a full SVD.
     """
 
     U: torch.Tensor
@@ -73,9 +74,10 @@ def _certified(
     G: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, r: int, iterations: int
 ) -> TruncatedSVD:
     following = S[r] if r < S.numel() else torch.zeros_like(S[0])
-    residual = torch.linalg.vector_norm(G @ Vh[:r].T - U[:, :r] * S[:r], dim=0).max()
+    right = torch.linalg.vector_norm(G @ Vh[:r].T - U[:, :r] * S[:r], dim=0).max()
+    left = torch.linalg.vector_norm(G.T @ U[:, :r] - Vh[:r].T * S[:r], dim=0).max()
     gap = (S[r - 1] - following) / S[r - 1].clamp_min(torch.finfo(S.dtype).tiny)
-    error = residual / (S[r - 1] * gap.clamp_min(SMALL_GAP)).clamp_min(torch.finfo(S.dtype).tiny)
+    error = torch.maximum(left, right) / (S[r - 1] * gap.clamp_min(SMALL_GAP)).clamp_min(torch.finfo(S.dtype).tiny)
     signs = _signs(Vh)
     return TruncatedSVD(U * signs, S, Vh * signs[:, None], float(error), float(gap), iterations)
 

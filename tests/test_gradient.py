@@ -72,7 +72,9 @@ def test_gradient_equals_single_process(case, model_folder):
     kind, world_size, *rest = case
     parts, micro_batch_size, average = rest[-3:]
     model = models.MODELS[kind]().double()
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     samples = models.samples(SAMPLES)
     groups = None
     if average == "micro_batch":
@@ -89,8 +91,6 @@ def test_gradient_equals_single_process(case, model_folder):
 
     owners = [name for owned, _ in results for name in owned]
     assert sorted(owners) == sorted(names), "every target has exactly one owner"
-    worst = max(
-        (reference.relative(G, truth[name]), name) for owned, _ in results for name, G in owned.items()
-    )
+    worst = max((reference.relative(G, truth[name]), name) for owned, _ in results for name, G in owned.items())
     assert worst[0] <= TOLERANCE, worst
     assert all(abs(loss - true_loss) <= 1e-6 for _, losses in results for loss in losses)
