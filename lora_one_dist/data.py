@@ -84,29 +84,31 @@ def _load_file(path: str) -> Dataset:
     import datasets
     from datasets import Features, Json, Value
 
-    suffix = Path(path).suffix
-    if not Path(path).is_file() or suffix not in DATA_SUFFIXES:
-        raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
-    kind = "json" if suffix == ".jsonl" else suffix[1:]
-    if kind != "parquet" and sum(bool(line.strip()) for line in _lines(path)) <= (kind == "csv"):  # a header is no row
-        raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
+    kind = {".jsonl": "json"}.get(Path(path).suffix, Path(path).suffix[1:])
     options: dict[str, Any] = {}
-    if kind == "csv":
-        # Read as written: pandas' own types make 007 a 7, and every integer a float where one cell is empty.
-        options = {"features": Features(dict.fromkeys(_csv_header(path), Value("string"))), "keep_default_na": False}
-    elif kind == "json":
-        options = {"parse_agent_traces": False}  # chats with columns id, source, model look like traces of agents
     try:
+        if not Path(path).is_file() or Path(path).suffix not in DATA_SUFFIXES:
+            raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
+        if kind != "parquet" and sum(bool(line.strip()) for line in _lines(path)) <= (kind == "csv"):  # its header
+            raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
+        if kind == "csv":
+            # Read as written: pandas' own types make 007 a 7, and every integer a float where one cell is empty.
+            strings = Features(dict.fromkeys(_csv_header(path), Value("string")))
+            options = {"features": strings, "keep_default_na": False}
+        elif kind == "json":
+            options = {"parse_agent_traces": False}  # chats with columns id, source, model look like traces of agents
         rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
         dates = {name: Json() for name, feature in rows.features.items() if "timestamp" in str(feature)}
         if kind == "json" and dates:
             # pyarrow turns a column of nothing but ISO dates into timestamps, which print otherwise; Json keeps them.
             options["features"] = Features({**rows.features, **dates})
             rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, NotImplementedError, StopIteration) as error:
+        return rows
+    except DataError:
+        raise
+    except Exception as error:  # each reader has its own kinds
         where = _find_bad_json(path) if kind == "json" else path
         raise DataError(f"{where}: cannot be read as {kind} ({_cause(error)}). Mend or remove it.") from error
-    return rows
 
 
 def _cause(error: BaseException) -> str:
@@ -131,14 +133,11 @@ def _lines(path: str) -> Iterator[str]:
 def _csv_header(path: str) -> list[str]:
     """The columns of a CSV file whose records all have as many fields; pandas would fill or shift the others."""
     reader = csv.reader(_lines(path))
-    try:
-        header = next(reader)
-        bad = next((record for record in reader if record and len(record) != len(header)), None)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}. Write the file as Parquet or JSONL.") from error
-    if bad or len(set(header)) < len(header):
-        rule = f"must have one field for each of the columns {header}, which must differ. Quote commas and line breaks."
-        raise DataError(f"{path}, line {reader.line_num}: {bad or header} {rule}")
+    header = next(reader)
+    for record in reader:
+        if len(record) not in (0, len(set(header))):  # 0: a blank line
+            rule = f"must have one field for each of {header}, all distinct. Quote fields with commas or line breaks"
+            raise DataError(f"{path}, line {reader.line_num}: {record} {rule}.")
     return header
 
 
@@ -191,20 +190,15 @@ def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig, *, num_pro
         value = f"data.max_length = {config.max_length}: cuts {truncated.sum()} of {len(rows)} rows"
         raise DataError(f"{value}, none has a token to learn. Raise it; a chat needs a message of role 'assistant'.")
     dataset = mapped.remove_columns("uncut_length")
-    return TokenData(
-        dataset=dataset if kept.all() else dataset.select(kept.nonzero()[0]),
-        num_rows=len(rows),
-        num_truncated=int(truncated.sum()),
-        num_without_targets=int((~kept).sum()),
-        num_tokens=int(lengths[kept].clip(max=config.max_length).sum()),
-        num_targets=int(targets.sum()),
-    )
+    dataset = dataset if kept.all() else dataset.select(kept.nonzero()[0])
+    dropped, num_tokens = int((~kept).sum()), int(lengths[kept].clip(max=config.max_length).sum())
+    return TokenData(dataset, len(rows), int(truncated.sum()), dropped, num_tokens, int(targets.sum()))
 
 
 def load_eval_prompts(
     rows: Dataset, tokenizer: Tokenizer, config: DataConfig, indices: Iterable[int]
 ) -> list[tuple[list[int], str]]:
-    """For rows ``indices`` of format completion: the ids of the prompt alone, as generation sees it, and the completion.
+    """(ids of the prompt alone, as generation sees it, and text of the completion) of rows of format completion.
 
     Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
     """
@@ -212,7 +206,7 @@ def load_eval_prompts(
     for index in indices:
         whole, prompt = _texts({name: rows[index][name] for name in columns}, index, tokenizer, config)
         ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
-        if ids[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+        if ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
         prompts.append((ids[-config.max_length :], whole.removeprefix(prompt)))
     return prompts
@@ -221,9 +215,8 @@ def load_eval_prompts(
 def _columns(rows: Dataset, config: DataConfig) -> list[str]:
     """The columns that the format reads, all of them present."""
     template = config.prompt + config.completion
-    columns = {"chat": [config.messages], "text": [config.text]}.get(config.format) or list(
-        dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)
-    )
+    named = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    columns = {"completion": list(named), "chat": [config.messages], "text": [config.text]}[config.format]
     if missing := [name for name in columns if name not in rows.column_names]:
         value = f"data.format = {config.format}: reads columns {missing}, the data has {rows.column_names}"
         raise DataError(f"{value}. Name its columns in data.prompt and data.completion, data.messages or data.text.")
@@ -328,8 +321,7 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 
     Every rank gets as many; one that is missing is an empty list, for which the caller runs a weightless sample.
     """
-    num_micro_batches = -(-num_samples // micro_batch_size)
-    rounds = -(-num_micro_batches // world_size)
+    rounds = -(-num_samples // (micro_batch_size * world_size))
     starts = [k * micro_batch_size for k in range(rank, rounds * world_size, world_size)]
     return [list(range(start, min(start + micro_batch_size, num_samples))) for start in starts]
 
@@ -337,14 +329,11 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right; weightless: no label at all."""
     ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
-    mask = [torch.ones_like(row) for row in ids]
     if weightless:
         labels = [torch.full_like(row, IGNORE_INDEX) for row in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence(mask, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-    }
+    columns = {"input_ids": (ids, pad_token_id), "labels": (labels, IGNORE_INDEX)}
+    columns["attention_mask"] = ([torch.ones_like(row) for row in ids], 0)
+    return {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
@@ -356,7 +345,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
 
     remedy = "model.path needs what a tokenizer's save_pretrained writes"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # `tokenizers` raises plain Exception on a damaged file
         raise DataError(f"model.path = {path}: no tokenizer can be loaded: {_cause(error)}. {remedy}.") from error
     if tokenizer.pad_token is None:

@@ -30,6 +30,7 @@ from lora_one_dist.sharding import Base, add_low_rank
 
 COVERAGE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Progress = Callable[[str, int, int], None]  # label, done, total
 
 # Largest relative change of the loss by rounding alone, for methods that must not move it: sums of fp32 terms, and
 # W - s B0 A0 rounded to bf16 (relative 2^-9 of each weight). A wrong sign or scale moves the loss by tens of per cent.
@@ -59,7 +60,7 @@ def initial_pairs(
     targets: Sequence[Target],
     config: Config,
     batch: Sequence[Sequence[MicroBatch]],
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Progress = lambda label, done, total: None,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> Initialisation:
     """Compute A0 and B0 of every target by ``config.init.method``.  Collective.
@@ -92,7 +93,7 @@ def initial_pairs(
             for done, target in enumerate(owned, start=1):
                 own[target.name], row = _decompose(target, [part.pop(target.name) for part in matrices], config)
                 result.rows.append({**row, "owner": comm.rank()})
-                progress(f"{label}svd {done}/{len(owned)} of this rank's layers")
+                progress(f"{label}svd of this rank's layers", done, len(owned))
         with phase("broadcast"):
             result.pairs |= _broadcast(layers, owners, own, r)
     result.rows = [row for rows in comm.all_gather_object(result.rows) for row in rows]
@@ -107,7 +108,7 @@ def _gradients(
     owners: Sequence[int],
     config: Config,
     batch: Sequence[Sequence[MicroBatch]],
-    progress: Callable[[str], None],
+    progress: Progress,
     label: str,
 ) -> tuple[list[dict[str, torch.Tensor]], float]:
     """Owned gradients of each part of the batch, and the loss of the whole."""
@@ -116,7 +117,7 @@ def _gradients(
     def tick() -> None:
         nonlocal done
         done += 1
-        progress(f"{label}gradient {done}/{total} micro-batches")
+        progress(f"{label}gradient, micro-batches of this rank", done, total)
 
     parts, loss = [], 0.0
     for part in batch:
@@ -242,7 +243,6 @@ def batch_loss(base: Base, micro_batches: Iterator[MicroBatch] | Sequence[MicroB
     with torch.no_grad(), dropout_off(base.module):
         for micro_batch in micro_batches:
             loss += (loss_sum(base.module, micro_batch.tensors) * micro_batch.weight).double().cpu()
-    base.release()
     return float(comm.all_sum(loss))
 
 

@@ -25,6 +25,7 @@ from lora_one_dist.config import Config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors")
 MIB = 2**20
+PROGRESS_SECONDS = 5.0
 
 
 class RunFolder:
@@ -34,6 +35,8 @@ class RunFolder:
         self.root = root
         self.writes = writes
         self.board: Any = None
+        self.begun: dict[str, float] = {}
+        self.last_line = 0.0
         if writes:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -45,6 +48,18 @@ class RunFolder:
         """One line of progress."""
         if self.writes:
             print(message, flush=True)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Progress of long work, at most one line every PROGRESS_SECONDS and one at its end, with the time left."""
+        now = time.monotonic()
+        if done == 1 or label not in self.begun:
+            self.begun[label] = self.last_line = now
+        if done == total or now - self.last_line >= PROGRESS_SECONDS:
+            self.last_line = now
+            spent = now - self.begun[label]
+            # The first unit's time is not known: it ended when this was first called.
+            left = f", {spent / (done - 1) * (total - done):.0f} s left" if 1 < done < total else ""
+            self.say(f"{label} {done}/{total}{left}")
 
     def write_json(self, name: str, value: Any) -> None:
         """A file of the run folder."""

@@ -64,9 +64,12 @@ class Base:
         return self.engine is not None
 
     def release(self) -> None:
-        """Partition what a backward pass left gathered.  Call after each pass.  Not collective."""
+        """Partition what a backward pass left gathered.  Call after each one.  Not collective.
+
+        DeepSpeed releases a layer when the gradient of its input is known, and the first layers' inputs need none.
+        """
         if self.engine is not None:
-            self.engine.optimizer.partition_all_parameters()
+            self.engine.optimizer.release_backward_leftovers()
 
     @contextlib.contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -192,7 +195,8 @@ def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) ->
     """
     own, start = _own_range(weight)
     squared_error = _add_rows(own, start, B, A, scale)
-    if hasattr(weight, "ds_tensor") and weight.ds_status == ZeroParamStatus.AVAILABLE:
+    gathered = hasattr(weight, "ds_tensor") and weight.ds_status == ZeroParamStatus.AVAILABLE
+    if gathered and weight.data_ptr() != own.data_ptr():  # on one rank DeepSpeed "gathers" by making a view
         _add_rows(weight.data.view(-1), 0, B, A, scale)  # a persistent parameter's second, whole copy
     return squared_error
 

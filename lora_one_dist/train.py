@@ -149,7 +149,7 @@ def _initialise(
     size, pad = config.train.micro_batch_size, inputs.tokenizer.pad_token_id
     batch = gradient.deal_micro_batches(samples, size, config.init.average, parts, pad)
     if inputs.given is None:
-        result = initialize.initial_pairs(base, targets, config, batch, record.say, phases)
+        result = initialize.initial_pairs(base, targets, config, batch, record.progress, phases)
     else:
         result = initialize.Initialisation(inputs.given)
     whole = [micro_batch for part in batch for micro_batch in part]
@@ -264,7 +264,6 @@ def _evaluate(base: Base, config: Config, inputs: _Inputs, answers: bool) -> dic
         values = {"eval_loss": float(comm.all_sum(loss)) / inputs.eval.num_targets}
         if answers and inputs.prompts:
             values["exact_match"] = _exact_match(base, config, inputs)
-    base.release()
     return values
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 64
 
@@ -54,10 +65,31 @@ def qwen2() -> PreTrainedModel:
 MODELS = {"llama": llama, "qwen2": qwen2}
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: w3 to w63; pad 0, bos 1 (added in front), eos 2."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 def save(kind: str, folder: Path, shard_size: str = "20KB") -> Path:
-    """Write the model in several safetensors shards."""
+    """Write the model in several safetensors shards, and the tokenizer."""
     MODELS[kind]().save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer().save_pretrained(folder)
     return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """A task to learn: repeat the prompt's words, each one further in the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(2, 7, (), generator=generator))
+        ids = torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
+        made.append({"prompt": " ".join(f"w{i}" for i in ids), "completion": "".join(f" w{i + 1}" for i in ids)})
+    return made
 
 
 def samples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -29,8 +29,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, local_size: int | None = None) -> list[Any]:
-    """Call ``function(*args)`` on each of ``world_size`` ranks after ``comm.init``; return their results by rank.
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, init: bool = True) -> list[Any]:
+    """Call ``function(*args)`` on each of ``world_size`` ranks, after ``comm.init`` unless it calls it itself.
+
+    Returns the results by rank.
 
     Raises AssertionError with the first failing rank's traceback, or if a rank neither ends nor answers in time.
     """
@@ -38,8 +40,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, local_s
     pipes, processes = [], []
     for rank in range(world_size):
         receive, send = _context.Pipe(duplex=False)
-        env_of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank % (local_size or world_size))}
-        process = _context.Process(target=_rank, args=(env_of_rank, send, function, args), daemon=True)
+        env_of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = _context.Process(target=_rank, args=(env_of_rank, send, init, function, args), daemon=True)
         process.start()
         send.close()
         pipes.append(receive)
@@ -66,7 +68,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, local_s
     return [value for _, value in outcomes]
 
 
-def _rank(env: dict[str, str], pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(env: dict[str, str], pipe: Any, init: bool, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(env)
     import torch
 
@@ -74,7 +76,8 @@ def _rank(env: dict[str, str], pipe: Any, function: Callable[..., Any], args: tu
 
     torch.set_num_threads(1)
     try:
-        comm.init()
+        if init:
+            comm.init()
         outcome = ("ok", function(*args))
     except BaseException:
         outcome = ("raised", traceback.format_exc())
