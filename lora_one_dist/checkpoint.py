@@ -93,10 +93,14 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
         raise AdapterError(f"init.adapter = {folder}: holds no adapter_model.safetensors. Save it as such.")
     with safe_open(path, framework="pt") as reader:
         tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
+    known = {f"{PREFIX}{target.name}.lora_{side}.weight" for target in targets for side in "AB"}
+    extra = sorted(set(tensors) - known)
+    if extra:
+        problems.append(f"{len(extra)} of its tensors belong to no target, e.g. {extra[0]}")
     pairs = {}
     for target in targets:
         names = [f"{PREFIX}{target.name}.lora_{side}.weight" for side in "AB"]
-        found = [tensors.pop(name, None) for name in names]
+        found = [tensors.get(name) for name in names]
         wanted_shapes = [(lora.r, target.n), (target.m, lora.r)]
         for name, tensor, shape in zip(names, found, wanted_shapes, strict=True):
             if tensor is None:
@@ -105,7 +109,6 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
                 problems.append(f"{name} is {tuple(tensor.shape)}, must be {shape}")
         if found[0] is not None and found[1] is not None:
             pairs[target.name] = (found[0], found[1])
-    problems += [f"{name} belongs to no target" for name in tensors]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")

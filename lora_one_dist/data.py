@@ -1,9 +1,8 @@
 """Rows to tokens, and which sample goes into which micro-batch.
 
-In: files or a named data set, a tokenizer, :class:`DataConfig`.  Out: token ids and labels in a memory-mapped Arrow
-file, batch indices as functions of (seed, step), padded tensors.  Runs on any rank, nothing here is collective; a
-process with the same inputs as one before it finds the Arrow file in the cache of `datasets`.
-Peak memory: one map batch of 1000 rows; 24 bytes of counts and two cached orders of 8 bytes per sample.
+In: files or a data set, a tokenizer, :class:`DataConfig`.  Out: ids and labels in a memory-mapped Arrow file, which a
+later process with the same inputs finds in the cache of `datasets`; batch indices as functions of (seed, step); padded
+tensors.  Runs on any rank, not collective.  Peak memory: 1000 rows, and 40 bytes per sample of counts and orders.
 """
 
 from __future__ import annotations
@@ -38,19 +37,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class TokenData:
-    """Tokenised rows and what became of them; ``len()`` is the number of samples to train on.
+    """Samples to train on, as many as ``len()``, and what became of the rows that came in."""
 
-    ``dataset`` has the columns input_ids, labels (-100: no loss), prompt_length (tokens before the first label) and
-    num_targets (tokens that are predicted: labels[1:] != -100).  Of ``num_rows`` that came in, ``num_truncated`` were
-    cut and ``num_without_targets`` dropped.  ``num_tokens`` and ``num_targets`` are totals over ``dataset``.
-    """
-
-    dataset: Dataset
-    num_rows: int
-    num_truncated: int
-    num_without_targets: int
-    num_tokens: int
-    num_targets: int
+    dataset: Dataset  # input_ids, labels (-100: no loss), prompt_length (ids before the first label), num_targets
+    num_rows: int  # that came in
+    num_truncated: int  # of those, with or without targets
+    num_without_targets: int  # dropped: no token of theirs carries a loss
+    num_tokens: int  # in `dataset`
+    num_targets: int  # in `dataset`: labels[1:] != -100, the tokens that are predicted
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -81,8 +75,7 @@ def load_rows(source: str | list[str], split: str, max_samples: int | None) -> D
 
 
 def _load_file(path: str) -> Dataset:
-    import datasets
-    from datasets import Features, Json, Value
+    from datasets import Features, Json, Value, load_dataset
 
     kind = {".jsonl": "json"}.get(Path(path).suffix, Path(path).suffix[1:])
     options: dict[str, Any] = {}
@@ -91,18 +84,16 @@ def _load_file(path: str) -> Dataset:
             raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
         if kind != "parquet" and sum(bool(line.strip()) for line in _lines(path)) <= (kind == "csv"):  # its header
             raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
-        if kind == "csv":
-            # Read as written: pandas' own types make 007 a 7, and every integer a float where one cell is empty.
+        if kind == "csv":  # as strings: pandas' own types make 007 a 7, and text such as NA or None a null
             strings = Features(dict.fromkeys(_csv_header(path), Value("string")))
             options = {"features": strings, "keep_default_na": False}
         elif kind == "json":
             options = {"parse_agent_traces": False}  # chats with columns id, source, model look like traces of agents
-        rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
+        rows = load_dataset(kind, data_files=path, split="train", **options)
         dates = {name: Json() for name, feature in rows.features.items() if "timestamp" in str(feature)}
-        if kind == "json" and dates:
-            # pyarrow turns a column of nothing but ISO dates into timestamps, which print otherwise; Json keeps them.
+        if kind == "json" and dates:  # pyarrow's guess for columns of nothing but ISO dates; Json keeps the text
             options["features"] = Features({**rows.features, **dates})
-            rows = datasets.load_dataset(kind, data_files=path, split="train", **options)
+            rows = load_dataset(kind, data_files=path, split="train", **options)
         return rows
     except DataError:
         raise
@@ -202,9 +193,9 @@ def load_eval_prompts(
 
     Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
     """
-    columns, prompts = _columns(rows, config), []
+    rows, prompts = rows.select_columns(_columns(rows, config)), []
     for index in indices:
-        whole, prompt = _texts({name: rows[index][name] for name in columns}, index, tokenizer, config)
+        whole, prompt = _texts(rows[index], index, tokenizer, config)
         ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
         if ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
@@ -250,15 +241,16 @@ def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfi
         if config.format == "chat":
             return _chat_texts(row[config.messages], tokenizer, config)
         if not isinstance(row[config.text], str):
-            raise DataError(f"{config.text} = {row[config.text]!r}: must be a string. Mend the row")
+            raise DataError(f"{config.text} = {row[config.text]!r:.80}: must be a string. Mend the row")
         return [row[config.text]]
     except (TemplateError, LookupError, ValueError, TypeError) as error:
-        raise DataError(f"row {index} (the first is 0): {error}.") from error
+        remedy = "" if isinstance(error, DataError) else ": the template cannot take the row. Mend one of them"
+        raise DataError(f"row {index} (the first is 0): {error}{remedy}.") from error
 
 
 def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
-        raise DataError(f"{config.messages} = {messages!r}: must be a list of {{role, content}}. Mend the row")
+        raise DataError(f"{config.messages} = {messages!r:.80}: must be a list of {{role, content}}. Mend the row")
     # Arrow gives every message the keys of all, None where it has none; templates would print the None.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts = [tokenizer.apply_chat_template(messages, tokenize=False)]
@@ -275,7 +267,7 @@ def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
 
 
 def _encode(ids: list[list[int]], eos: int | None, config: DataConfig) -> dict[str, Any]:
-    """One sample from the ids of a row's text and of its beginnings."""
+    """One sample from the ids of a row's text and of the text's beginnings."""
     whole, *beginnings = ids
     # Tokens merge across a border ("A: " + "b" holds a token " b"), so the ids of a beginning need not begin the whole.
     # Generation sees the beginning tokenised alone: what both share is what it is given, the rest is to be learnt.

@@ -145,17 +145,18 @@ def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0) -> list[Tar
             raise ModelError(
                 f"lora.target_modules: {name} is a {type(layer).__name__}; only nn.Linear is supported. Leave it out."
             )
-        m, n = layer.out_features, layer.in_features
-        if lora.r > min(m, n):
-            raise ModelError(f"lora.r = {lora.r}: must be at most min(m, n) = {min(m, n)} of {name}. Lower it.")
-        if rank_needed > min(m, n):
-            raise ModelError(
-                f"lora.r = {lora.r}: this init.method takes {rank_needed} singular vectors, {name} has {min(m, n)}. "
-                "Lower lora.r."
-            )
-        targets.append(Target(name, m, n))
+        targets.append(Target(name, layer.out_features, layer.in_features))
     if not targets:
         raise ModelError(f"lora.target_modules = {lora.target_modules}: no layer left to adapt. Name at least one.")
+    narrowest = min(targets, key=lambda target: min(target.m, target.n))
+    most = min(narrowest.m, narrowest.n)
+    if lora.r > most:
+        raise ModelError(f"lora.r = {lora.r}: must be at most min(m, n) = {most} of {narrowest.name}. Lower it.")
+    if rank_needed > most:
+        raise ModelError(
+            f"lora.r = {lora.r}: this init.method takes {rank_needed} singular vectors, {narrowest.name} has {most}. "
+            "Lower lora.r."
+        )
     return targets
 
 

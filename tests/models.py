@@ -66,8 +66,8 @@ MODELS = {"llama": llama, "qwen2": qwen2}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: w3 to w63; pad 0, bos 1 (added in front), eos 2."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    """One token a word: w3 to w61; pad 0, bos 1 (added in front), eos 2.  (Qwen2's class adds a token of its own.)"""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY - 2)}}
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
     inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -87,7 +87,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     made = []
     for _ in range(count):
         length = int(torch.randint(2, 7, (), generator=generator))
-        ids = torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
+        ids = torch.randint(3, VOCABULARY - 3, (length,), generator=generator).tolist()
         made.append({"prompt": " ".join(f"w{i}" for i in ids), "completion": "".join(f" w{i + 1}" for i in ids)})
     return made
 
