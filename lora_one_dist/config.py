@@ -364,6 +364,11 @@ def _cross_checks(groups: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _changed(group: BaseModel) -> set[str]:
+    """Fields set to something else than their default: what would silently have no effect."""
+    return {name for name, field in type(group).model_fields.items() if getattr(group, name) != field.default}
+
+
 def _check_model(model: ModelConfig) -> Iterator[str]:
     path = Path(model.path)
     if path.is_dir():
@@ -388,16 +393,16 @@ def _check_data(data: DataConfig) -> Iterator[str]:
                 yield f"data.{key} = {source}: no such file. Check the path; relative paths start where you launch."
             elif looks_like_file and path.suffix not in DATA_SUFFIXES:
                 yield f"data.{key} = {source}: must end in {' or '.join(DATA_SUFFIXES)}. Convert it."
-            elif not looks_like_file and not HUB_NAME.fullmatch(source):
+            elif not looks_like_file and not path.is_dir() and not HUB_NAME.fullmatch(source):
                 yield f"data.{key} = {source}: is no data set name. Files end in {', '.join(DATA_SUFFIXES)}."
     used_by_format = {"prompt": "completion", "completion": "completion", "messages": "chat", "text": "text"}
     for key, used_by in used_by_format.items():
-        if key in data.model_fields_set and data.format != used_by:
+        if key in _changed(data) and data.format != used_by:
             yield f"data.{key} = {getattr(data, key)!r}: has no effect with data.format {data.format}. Leave it out."
     for key in ("prompt", "completion"):
         yield from _check_template(f"data.{key}", getattr(data, key))
-    if data.format == "text" and "loss_on" in data.model_fields_set and data.loss_on == "completion":
-        yield "data.loss_on = completion: plain text has no completions. Leave it out with data.format text."
+    if data.format == "text" and data.loss_on != "completion":
+        yield f"data.loss_on = {data.loss_on}: has no effect with data.format text, always all. Leave it out."
 
 
 def _check_template(key: str, template: str) -> Iterator[str]:
@@ -411,7 +416,7 @@ def _check_template(key: str, template: str) -> Iterator[str]:
 
 
 def _check_init(init: InitConfig) -> Iterator[str]:
-    given = init.model_fields_set
+    given = _changed(init)
     gradient_only = ("num_samples", "average", "gamma", "halves")
     if init.adapter is not None:
         for key in sorted(given - {"adapter"}):
@@ -426,7 +431,7 @@ def _check_init(init: InitConfig) -> Iterator[str]:
 
 
 def _check_optim(optim: OptimConfig) -> Iterator[str]:
-    given = optim.model_fields_set
+    given = _changed(optim)
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas = {list(optim.betas)}: each must be in [0, 1). The usual ones are [0.9, 0.999]."
     if optim.preconditioner == "none" and "damping" in given:
@@ -447,7 +452,7 @@ def _check_train(train: TrainConfig) -> Iterator[str]:
         )
     if train.exact_match_samples == 0:
         for key in ("exact_match_pattern", "exact_match_max_new_tokens"):
-            if key in train.model_fields_set and getattr(train, key) is not None:
+            if key in _changed(train):
                 yield f"train.{key}: has no effect with train.exact_match_samples 0. Leave it out."
     if train.exact_match_pattern is not None:
         try:

@@ -251,7 +251,7 @@ def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfi
 def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
         raise DataError(f"{config.messages} = {messages!r:.80}: must be a list of {{role, content}}. Mend the row")
-    # Arrow gives every message the keys of all, None where it has none; templates would print the None.
+    # Arrow gives every message the keys of all, None where it has none; transformers 5.17 lets templates print it.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts = [tokenizer.apply_chat_template(messages, tokenize=False)]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and config.loss_on != "all"]

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 VOCABULARY = 64
@@ -65,9 +66,13 @@ def qwen2() -> PreTrainedModel:
 MODELS = {"llama": llama, "qwen2": qwen2}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: w3 to w61; pad 0, bos 1 (added in front), eos 2.  (Qwen2's class adds a token of its own.)"""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY - 2)}}
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """One token a word: w3 to w63; pad 0, bos 1 (added in front), eos 2.  For qwen2, by characters: its own class."""
+    if kind == "qwen2":
+        symbols = ["<|endoftext|>", "<pad>", "</s>", "Ġ", "w", *"0123456789"]
+        vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+        return Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="</s>")
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
     inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -77,7 +82,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save(kind: str, folder: Path, shard_size: str = "20KB") -> Path:
     """Write the model in several safetensors shards, and the tokenizer."""
     MODELS[kind]().save_pretrained(folder, max_shard_size=shard_size)
-    tokenizer().save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
     return folder
 
 
@@ -87,7 +92,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     made = []
     for _ in range(count):
         length = int(torch.randint(2, 7, (), generator=generator))
-        ids = torch.randint(3, VOCABULARY - 3, (length,), generator=generator).tolist()
+        ids = torch.randint(3, VOCABULARY - 1, (length,), generator=generator).tolist()
         made.append({"prompt": " ".join(f"w{i}" for i in ids), "completion": "".join(f" w{i + 1}" for i in ids)})
     return made
 

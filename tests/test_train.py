@@ -70,16 +70,15 @@ def peft_eval_loss(base: Path, adapter: Path, out: Path, dtype: torch.dtype) -> 
 
 def test_whole_run(model_folder, tmp_path):
     out = tmp_path / "run"
-    changes = {"train__max_steps": 60, "train__exact_match_samples": 7, "train__eval_steps": 25, "optim__lr": 2e-2}
+    changes = {"train__max_steps": 30, "train__exact_match_samples": 7, "train__eval_steps": 12, "optim__lr": 1e-2}
     raw = settings(model_folder("llama"), out, **changes)
     summaries = run_ranks(2, train, raw, init=False)
     lines = metrics(out)
     assert summaries[0] == summaries[1]
     steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 61))
-    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 25, 50, 60]
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 12, 24, 30]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.2
     assert {"exact_match", "eval_loss"} <= lines[-1].keys()
     assert {"lr", "grad_norm", "tokens_per_second", "peak_bytes", "slowest_rank", "fastest_rank"} <= steps[0].keys()
     assert parse_config(yaml.safe_load((out / "config.yaml").read_text())) == parse_config(raw)
@@ -151,7 +150,7 @@ def test_first_loss_is_the_token_mean_of_the_global_batch(model_folder, tmp_path
     raw = settings(model_folder("llama"), tmp_path / "run", init__method="lora", train__max_steps=1)
     run_ranks(3, train, raw, init=False)
     loss = next(line["loss"] for line in metrics(tmp_path / "run") if "loss" in line)
-    tokenizer = models.tokenizer()
+    tokenizer = models.tokenizer("llama")
     samples = []
     for index in data.global_batch(100, 11, 0, seed=0):
         row = models.rows(100)[index]
