@@ -68,7 +68,7 @@ def write_adapter(folder: Path, description: PeftLoraConfig, pairs: Pairs, targe
     partial.mkdir(parents=True)
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     description.inference_mode = True
-    description.save_pretrained(partial)
+    description.save_pretrained(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

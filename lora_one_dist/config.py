@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -336,7 +336,7 @@ def _valid_groups(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cross_checks(groups: Mapping[str, Any]) -> list[str]:
     """Rules over more than one field, and against the files that the config names."""
-    checks = {
+    checks: dict[str, Callable[[Any], Iterator[str]]] = {
         "model": _check_model,
         "data": _check_data,
         "init": _check_init,

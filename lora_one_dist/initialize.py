@@ -154,8 +154,8 @@ def _decompose(
     overlap = None
     if len(parts) == 2:
         # A report to two digits: the first iterations are enough.
-        halves = [spectral.truncated_svd(part.to(comm.device()), r, seed, math.inf) for part in parts]
-        overlap = spectral.subspace_overlap(*halves, r)
+        first, second = (spectral.truncated_svd(part.to(comm.device()), r, seed, math.inf) for part in parts)
+        overlap = spectral.subspace_overlap(first, second, r)
         parts[0] += parts.pop()
     matrix = parts.pop().to(comm.device())
     squared_norm = float(matrix.double().square().sum()) if matrix.device.type == "cpu" else float(matrix.norm()) ** 2

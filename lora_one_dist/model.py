@@ -22,7 +22,6 @@ from accelerate import init_empty_weights
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -55,8 +54,8 @@ class Plan:
     skeleton: Any
     """transformers model with parameters on the meta device."""
     targets: list[Target]
-    files: dict[str, Path] | None
-    """Safetensors file of each tensor, or None where names do not map one to one."""
+    sources: dict[str, sharding.TensorSource] | None
+    """Where each tensor's values lie, or None where names do not map one to one."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -84,7 +83,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
             trust_remote_code=config.trust_remote_code,
         )
     skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
-    return Plan(folder, skeleton, find_targets(skeleton, lora, rank_needed), tensor_files(folder, skeleton))
+    return Plan(folder, skeleton, find_targets(skeleton, lora, rank_needed), tensor_sources(folder, skeleton))
 
 
 def local_folder(path: str) -> Path:
@@ -189,8 +188,8 @@ def _match_endings(modules: dict[str, Any], endings: Sequence[str]) -> list[str]
     return [name for name in modules if any(name == end or name.endswith(f".{end}") for end in endings)]
 
 
-def tensor_files(folder: Path, model: Any) -> dict[str, Path] | None:
-    """Map every parameter and persistent buffer to its safetensors file, by header alone; None if not one to one.
+def tensor_sources(folder: Path, model: Any) -> dict[str, sharding.TensorSource] | None:
+    """Find every parameter and persistent buffer in the safetensors files, by headers alone; None if not one to one.
 
     Raises:
         ModelError: if the folder holds no safetensors, or its index names a missing file.
@@ -207,23 +206,20 @@ def tensor_files(folder: Path, model: Any) -> dict[str, Path] | None:
             f"model.path = {folder}: {', '.join(missing)} missing. Give a folder with all of its *.safetensors "
             "(save_pretrained writes them; other formats are not read)."
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    found: dict[str, Path] = {}
+    found: dict[str, sharding.TensorSource | None] = {}
     for path in paths:
-        with safe_open(path, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (safe_open is no mapping)
-                found[name] = path
-                shapes[name] = tuple(reader.get_slice(name).get_shape())
+        found |= sharding.read_header(path)
     state = model.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names_of.setdefault(id(tensor), []).append(name)
     wanted = {}
     for names in names_of.values():
-        present = [name for name in names if name in found]
-        if not present or shapes[present[0]] != tuple(state[present[0]].shape):
+        present = next((name for name in names if name in found), "")
+        source = found.get(present)
+        if source is None or source.shape != tuple(state[present].shape):
             return None
-        wanted[present[0]] = found[present[0]]
+        wanted[present] = source
     known = set(state) | {name for name, _ in model.named_buffers()}
     extra = {name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")}
     return None if extra else wanted
@@ -236,12 +232,12 @@ def load(config: ModelConfig, planned: Plan, policy: dict[str, Any], micro_batch
     if stage == 3:
         sharding.start_deepspeed()
         ds_config = sharding.deepspeed_config(policy, config.dtype, micro_batch_size)
-    if planned.files is not None:
-        base = sharding.load_slices(planned.skeleton, planned.files, comm.device(), ds_config)
+    if planned.sources is not None:
+        base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config)
     else:
 
         def build() -> nn.Module:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 planned.folder,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attn_implementation,
@@ -329,7 +325,7 @@ def inject_adapters(
 ) -> list[Adapter]:
     """Put PEFT LoRA layers around the targets, outside ZeRO.  Not collective.  Returns them in target order."""
     inject_adapter_in_model(config, base.module)
-    layers = {name: module for name, module in base.module.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {n: module for n, module in base.module.named_modules() if isinstance(module, LoraLayer)}
     expected = {target.name for target in targets}
     if set(layers) != expected:
         raise ModelError(
@@ -339,7 +335,8 @@ def inject_adapters(
     adapters = []
     for target in targets:
         layer = layers[target.name]
-        A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        A: Any = layer.lora_A[ADAPTER]
+        B: Any = layer.lora_B[ADAPTER]
         for module in (A, B):
             module.to(device=comm.device(), dtype=DTYPES[dtype])
         adapters.append(Adapter(target, A.weight, B.weight, layer.base_layer.weight))

@@ -191,6 +191,7 @@ class LayerShardedOptimizer:
 
     def _accumulate(self, target: int, side: str, send: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None, "the hook runs when the gradient has arrived"
             send.add_(parameter.grad)
             parameter.grad = None
             self.arrived.add((target, side))

@@ -11,16 +11,15 @@ of the parameters below ``stage3_param_persistence_threshold``.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 # DeepSpeed picks its accelerator when it is imported.
@@ -35,7 +34,9 @@ if not torch.cuda.is_available():
     # a lock on which every later run waits). gloo serves; deepspeed 0.19 asks this table before it builds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-SLAB_BYTES = 64 * 2**20  # of one tensor read at a time while loading
+SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
+MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class _UnfilledInit(deepspeed.zero.Init):
@@ -46,9 +47,47 @@ class _UnfilledInit(deepspeed.zero.Init):
     tensors in host memory.
     """
 
-    def _zero_init_param(self, param: nn.Parameter) -> None:
+    def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where the values of one tensor lie: file, byte offset of the first, type and shape."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorSource | None]:
+    """The tensors of a safetensors file by name; None for types that no base is stored in.  Reads no values.
+
+    We read values by offset, not through the library's memory map: a rank then touches its own bytes only, in order,
+    which parallel file systems serve well and maps do not.  The format is fixed: 8 bytes of length, JSON, values.
+
+    Raises:
+        ValueError: if the file is cut short or is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length) if length < MAX_HEADER_BYTES else b"")
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no safetensors file ({type(error).__name__}). Fetch it again.") from error
+    size = path.stat().st_size
+    if size != 8 + length + end:
+        raise ValueError(f"{path}: has {size} bytes, its header says {8 + length + end}. Copy or fetch it again.")
+    sources: dict[str, TensorSource | None] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype = FILE_DTYPES.get(entry["dtype"])
+            offset = 8 + length + entry["data_offsets"][0]
+            sources[name] = None if dtype is None else TensorSource(path, offset, dtype, tuple(entry["shape"]))
+    return sources
 
 
 @dataclass
@@ -100,27 +139,29 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def load_slices(skeleton: nn.Module, files: Mapping[str, Path], device: torch.device, ds_config: dict | None) -> Base:
+def load_slices(
+    skeleton: nn.Module, sources: Mapping[str, TensorSource], device: torch.device, ds_config: dict | None
+) -> Base:
     """Give each rank its own slice (stage 3) or all (``ds_config`` None) of every tensor, read from the files.
 
     No rank reads or holds more than its own partitions, one slab of rows at a time.  Collective under stage 3.
 
     Args:
         skeleton: model with parameters on the meta device and real buffers.
-        files: the safetensors file of each tensor by name.
+        sources: where each tensor's values lie, by name.
     """
     init = None if ds_config is None else _UnfilledInit(config_dict_or_path=ds_config)
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
     with contextlib.ExitStack() as stack, torch.no_grad():
-        readers = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
+        files = {path: stack.enter_context(path.open("rb")) for path in {source.path for source in sources.values()}}
         for prefix, module in skeleton.named_modules():
             for key, meta in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{key}" if prefix else key
-                if name in files and meta not in filled:
+                if name in sources and meta not in filled:
                     param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
                     if init is not None:
                         init._convert_to_zero_parameters([param])
-                    _read_own(param, readers[files[name]].get_slice(name))
+                    _read_own(param, sources[name], files[sources[name].path])
                     filled[meta] = param
         for module in skeleton.modules():
             for key, meta in list(module.named_parameters(recurse=False)):
@@ -128,8 +169,8 @@ def load_slices(skeleton: nn.Module, files: Mapping[str, Path], device: torch.de
             for key, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[key] = buffer.to(device)
         for name, buffer in skeleton.named_buffers():
-            if name in files:
-                buffer.copy_(readers[files[name]].get_tensor(name))
+            if name in sources:
+                _read_own(buffer, sources[name], files[sources[name].path])
     return Base(skeleton) if ds_config is None else _initialize(skeleton, ds_config)
 
 
@@ -173,14 +214,19 @@ def _slabs(start: int, stop: int, row: int, element_size: int) -> Iterator[tuple
         yield top, bottom, max(start, top * row), min(stop, bottom * row)
 
 
-def _read_own(param: Any, source: Any) -> None:
-    """Fill what this rank holds of a parameter from a safetensors slice."""
+def _read_own(param: Any, source: TensorSource, file: BinaryIO) -> None:
+    """Fill what this rank holds of a parameter: its own bytes of the file and no others, a slab at a time."""
     own, start = _own_range(param)
-    shape = tuple(source.get_shape())
-    row = math.prod(shape[1:])
-    for top, bottom, first, last in _slabs(start, start + own.numel(), row, own.element_size()):
-        slab = source[top:bottom].reshape(-1)
-        own[first - start : last - start].copy_(slab[first - top * row : last - top * row])
+    in_place = own.device.type == "cpu" and own.dtype == source.dtype
+    size = source.dtype.itemsize
+    file.seek(source.offset + start * size)
+    for slab in own.split(SLAB_BYTES // size):
+        target = slab if in_place else torch.empty(slab.numel(), dtype=source.dtype)
+        view: Any = target.view(torch.uint8).numpy()
+        if file.readinto(view) != view.nbytes:  # type: ignore[attr-defined]
+            raise OSError(f"{file.name}: ended early; it changed after its header was read.")
+        if not in_place:
+            slab.copy_(target)
 
 
 def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) -> float:

@@ -128,7 +128,7 @@ def _refuse_too_few(config: Config, available: int) -> None:
 def _introduce(config: Config, launch: comm.Launch, inputs: _Inputs, record: metrics.RunFolder) -> None:
     plan, train = inputs.plan, inputs.train
     where = "partitioned over the ranks (ZeRO-3)" if config.zero_stage == 3 else "on every rank (stage 0)"
-    how = "each rank reads its own slices" if plan.files is not None else "from_pretrained: tensor names differ"
+    how = "each rank reads its own slices" if plan.sources is not None else "from_pretrained: tensor names differ"
     record.say(f"{launch.world_size} ranks, {comm.device().type}, launched by {launch.source}")
     record.say(f"base {config.model.path} {config.model.dtype}, {where}; {how}")
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")

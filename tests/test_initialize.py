@@ -126,7 +126,7 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth):
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_base_and_loss(method, stage, model_folder, tmp_path, truth):
-    """lora_one leaves the base and lowers the loss; the compensating methods change it by -s B0 A0 and keep the loss."""
+    """lora_one leaves the base and lowers the loss; the compensating methods change the base and not the loss."""
     folder = model_folder("llama")
     name = {0: "stage0", 3: "zero3"}[stage]
     raw = config_of(folder, tmp_path, method, deepspeed__config=f"ds_configs/{name}.json")

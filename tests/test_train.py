@@ -197,7 +197,8 @@ def test_given_adapter_must_fit(model_folder, tmp_path):
 
 def refused(raw: dict) -> str:
     """Runs on a rank: the error of a run that must not start, and that no weight was read."""
-    from lora_one_dist import model, train as story
+    from lora_one_dist import model
+    from lora_one_dist import train as story
 
     def never(*_args, **_kwargs):
         raise AssertionError("weights were loaded")
