@@ -1,0 +1,43 @@
+# make demo       install, then fine-tune the small embedded model on all local GPUs, or on 2 CPU ranks
+# make test       the suite, without what takes long
+# make test-full  all of it
+# make lint       style, import rules and types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# On GPUs the launcher counts them itself. On a CPU it must be told which accelerator and how many ranks.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+LAUNCH := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_gpus 2
+else
+LAUNCH := $(BIN)/deepspeed
+endif
+
+.PHONY: demo test test-full lint clean
+
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	$(LAUNCH) launch/train.py --config launch/configs/demo.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not full"
+
+test-full: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Everything is pinned: an unpinned torch would be another build, with another gigabyte of CUDA.
+$(INSTALLED): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version} is too old: 3.11 is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
