@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,15 +225,25 @@ def tensor_sources(folder: Path, model: Any) -> dict[str, sharding.TensorSource]
     return None if extra else wanted
 
 
-def load(config: ModelConfig, planned: Plan, policy: dict[str, Any], micro_batch_size: int) -> sharding.Base:
-    """Load the frozen base: by slices where names map one to one, else by ``from_pretrained``.  Collective."""
+def load(
+    config: ModelConfig,
+    planned: Plan,
+    policy: dict[str, Any],
+    micro_batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> sharding.Base:
+    """Load the frozen base: by slices where names map one to one, else by ``from_pretrained``.  Collective.
+
+    Args:
+        policy: the ZeRO JSON.  progress: told how many tensors of how many are done.
+    """
     stage = policy.get("zero_optimization", {}).get("stage", 0)
     ds_config = None
     if stage == 3:
         sharding.start_deepspeed()
         ds_config = sharding.deepspeed_config(policy, config.dtype, micro_batch_size)
     if planned.sources is not None:
-        base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config)
+        base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config, progress)
     else:
 
         def build() -> nn.Module:

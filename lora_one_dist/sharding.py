@@ -140,7 +140,11 @@ def start_deepspeed() -> None:
 
 
 def load_slices(
-    skeleton: nn.Module, sources: Mapping[str, TensorSource], device: torch.device, ds_config: dict | None
+    skeleton: nn.Module,
+    sources: Mapping[str, TensorSource],
+    device: torch.device,
+    ds_config: dict | None,
+    progress: Callable[[int, int], None],
 ) -> Base:
     """Give each rank its own slice (stage 3) or all (``ds_config`` None) of every tensor, read from the files.
 
@@ -149,9 +153,11 @@ def load_slices(
     Args:
         skeleton: model with parameters on the meta device and real buffers.
         sources: where each tensor's values lie, by name.
+        progress: told how many tensors of how many are done.
     """
     init = None if ds_config is None else _UnfilledInit(config_dict_or_path=ds_config)
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
+    num_parameters = len(list(skeleton.parameters()))
     with contextlib.ExitStack() as stack, torch.no_grad():
         files = {path: stack.enter_context(path.open("rb")) for path in {source.path for source in sources.values()}}
         for prefix, module in skeleton.named_modules():
@@ -163,6 +169,7 @@ def load_slices(
                         init._convert_to_zero_parameters([param])
                     _read_own(param, sources[name], files[sources[name].path])
                     filled[meta] = param
+                    progress(len(filled), num_parameters)
         for module in skeleton.modules():
             for key, meta in list(module.named_parameters(recurse=False)):
                 module.register_parameter(key, filled[meta])

@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import disable_progress_bars
 
 from lora_one_dist import checkpoint, comm, data, gradient, initialize, metrics, model, optim, spectral
 from lora_one_dist.config import COMPENSATED_METHODS, GRADIENT_METHODS, Config
@@ -30,6 +32,8 @@ class TrainError(RuntimeError):
 def run(config: Config) -> dict[str, Any]:
     """Run a config to its end.  Collective.  Returns the summary that the run folder holds as summary.json."""
     launch = comm.init()
+    if comm.rank() != 0:
+        disable_progress_bars()
     try:
         return _run(config, launch)
     finally:
@@ -62,13 +66,14 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
 
     phases = metrics.Phases()
     with phases("load"):
-        base = model.load(config.model, inputs.plan, config.deepspeed_policy(), config.train.micro_batch_size)
+        policy, size = config.deepspeed_policy(), config.train.micro_batch_size
+        base = model.load(config.model, inputs.plan, policy, size, partial(record.progress, "load, tensors"))
     torch.manual_seed(spectral.seed_of(config.train.seed, "dropout", comm.rank()) % 2**63)
 
     before: dict[str, Any] = {}
     if config.train.max_steps != 0:
         with phases("evaluate before"):
-            before = _evaluate(base, config, inputs, answers=True)
+            before = _evaluate(base, config, inputs, record, answers=True)
         record.log(0, before)
     adapters, initial = _initialise(base, config, inputs, record, phases)
     after = before
@@ -76,7 +81,7 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
         with phases("train"):
             steps = _train(base, adapters, config, inputs, record)
         with phases("evaluate after"):
-            after = _evaluate(base, config, inputs, answers=True)
+            after = _evaluate(base, config, inputs, record, answers=True)
         record.log(steps, after)
         with comm.all_or_none("writing the adapter"):
             if record.writes:
@@ -211,7 +216,7 @@ def _train(
             )
             started, tokens_since, steps_since = time.monotonic(), 0.0, 0
         if train.eval_steps and (step + 1) % train.eval_steps == 0 and step + 1 < total:
-            values = _evaluate(base, config, inputs, answers=False)
+            values = _evaluate(base, config, inputs, record, answers=False)
             record.log(step + 1, values)
             record.say(f"step {step + 1}/{total}  eval loss {values['eval_loss']:.4f}")
             base.module.train()
@@ -250,7 +255,7 @@ def _rank_spread(compute_seconds: float) -> dict[str, Any]:
     }
 
 
-def _evaluate(base: Base, config: Config, inputs: _Inputs, answers: bool) -> dict[str, Any]:
+def _evaluate(base: Base, config: Config, inputs: _Inputs, record: metrics.RunFolder, answers: bool) -> dict[str, Any]:
     """Mean loss over the target tokens of the evaluation data and, with ``answers``, exact match."""
     if inputs.eval is None:
         return {}
@@ -258,20 +263,23 @@ def _evaluate(base: Base, config: Config, inputs: _Inputs, answers: bool) -> dic
     loss = torch.zeros((), dtype=torch.float64)
     size, pad = config.train.micro_batch_size, inputs.tokenizer.pad_token_id
     with torch.no_grad():
-        for positions in data.deal(len(inputs.eval), size, comm.world_size(), comm.rank()):
+        dealt = data.deal(len(inputs.eval), size, comm.world_size(), comm.rank())
+        for done, positions in enumerate(dealt, start=1):
             samples = [inputs.eval.dataset[i] for i in positions or [0]]
             loss += model.loss_sum(base.module, data.collate(samples, pad, weightless=not positions)).double().cpu()
+            record.progress("evaluate, micro-batches", done, len(dealt))
         values = {"eval_loss": float(comm.all_sum(loss)) / inputs.eval.num_targets}
         if answers and inputs.prompts:
-            values["exact_match"] = _exact_match(base, config, inputs)
+            values["exact_match"] = _exact_match(base, config, inputs, record)
     return values
 
 
-def _exact_match(base: Base, config: Config, inputs: _Inputs) -> float:
+def _exact_match(base: Base, config: Config, inputs: _Inputs, record: metrics.RunFolder) -> float:
     """Share of held-out prompts whose greedy answer equals the reference's, in [0, 1]."""
     pattern, tokenizer = config.train.exact_match_pattern, inputs.tokenizer
     right = torch.zeros((), dtype=torch.float64)
-    for positions in data.deal(len(inputs.prompts), GENERATION_BATCH, comm.world_size(), comm.rank()):
+    dealt = data.deal(len(inputs.prompts), GENERATION_BATCH, comm.world_size(), comm.rank())
+    for done, positions in enumerate(dealt, start=1):
         asked = [inputs.prompts[i] for i in positions or [0]]
         width = max(len(ids) for ids, _ in asked)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids, _ in asked])
@@ -290,6 +298,7 @@ def _exact_match(base: Base, config: Config, inputs: _Inputs) -> float:
         if positions:
             answers = zip(texts, (reference for _, reference in asked), strict=True)
             right += sum(_answer(text, pattern) == _answer(reference, pattern) for text, reference in answers)
+        record.progress("exact match, batches of answers", done, len(dealt))
     return float(comm.all_sum(right)) / len(inputs.prompts)
 
 

@@ -14,12 +14,15 @@ from tests.test_train import metrics
 
 BIN = Path(sys.executable).parent
 DEMO = "launch/configs/demo.yaml"
-SHORT = ["train.max_steps=2", "train.eval_steps=0", "train.exact_match_samples=0", "train.exact_match_pattern=null"]
-SHORT += [
+SHORT = [
+    "train.max_steps=2",
+    "train.log_steps=1",
+    "train.eval_steps=0",
+    "train.exact_match_samples=0",
+    "train.exact_match_pattern=null",
     "train.exact_match_max_new_tokens=64",
     "optim.warmup_steps=0",
     "data.max_eval_samples=16",
-    "train.log_steps=1",
 ]
 
 
