@@ -47,6 +47,8 @@ def main() -> int:
     try:
         train.run(config)
     except Exception as error:
+        if error.__cause__ is None and type(error).__name__ == "RankError" and not is_first:
+            os._exit(EXIT_FAILED)  # another rank's failure: that rank and the first one tell it
         print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} stopped: {error}", file=sys.stderr)
         if not all(type(e).__module__.startswith("lora_one_dist") for e in (error, error.__cause__ or error)):
             traceback.print_exc()  # ours say everything in their message; of the others one wants to know where

@@ -134,8 +134,8 @@ class InitConfig(_Group):
     """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, backward passes times K."""
     halves: bool = True
     """Report the overlap of the top-r spaces of the batch's two halves; doubles the owner's gradient memory."""
-    svd_tolerance: float = Field(1e-5, gt=0, le=0.1)
-    """Certified error of the top-r space above which an SVD iterates further, in (0, 0.1]."""
+    svd_tolerance: float = Field(1e-3, gt=0, le=0.1)
+    """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
 
 
 class OptimConfig(_Group):
@@ -347,7 +347,7 @@ def _cross_checks(groups: Mapping[str, Any]) -> list[str]:
     problems = [problem for name, check in checks.items() if name in groups for problem in check(groups[name])]
     if {"train", "optim"} <= groups.keys():
         train, optim = groups["train"], groups["optim"]
-        if train.max_steps and optim.warmup_steps >= train.max_steps and optim.schedule != "constant":
+        if train.max_steps and optim.warmup_steps >= train.max_steps:
             problems.append(
                 f"optim.warmup_steps = {optim.warmup_steps}: must be below train.max_steps = {train.max_steps}. "
                 "Lower it, or the learning rate never reaches optim.lr."

@@ -217,8 +217,10 @@ def plot_report(rows: Sequence[Mapping[str, Any]], path: Path, r: int) -> None:
         shown = [(depth, row["coverage"][r]) for depth, row in enumerate(layers) if r in row["coverage"]]
         by_depth.plot(*zip(*shown, strict=True), marker=".", label=kind) if shown else None
     by_rank.axvline(r, color="grey", linestyle=":", label=f"lora.r = {r}")
-    by_rank.set(xscale="log", xlabel="rank", ylabel="share of energy covered", ylim=(0, 1.02), title="mean over layers")
+    by_rank.set(xlabel="rank", ylabel="share of energy covered", ylim=(0, 1.02), title="mean over layers")
     by_rank.set_xscale("log", base=2)
+    by_rank.xaxis.set_major_formatter("{x:.0f}")
+    by_depth.xaxis.get_major_locator().set_params(integer=True)
     by_depth.set(xlabel="layer", ylabel="share of energy covered", ylim=(0, 1.02), title=f"along the depth, rank {r}")
     by_rank.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -106,6 +106,7 @@ def _read_inputs(config: Config) -> _Inputs:
         with comm.local_first():
             train = data.tokenize(rows, tokenizer, config.data)
         _refuse_too_few(config, len(train))
+        _refuse_long_warmup(config, len(train))
     held_out, prompts = None, []
     if config.data.eval is not None:
         with comm.all_or_none("reading the evaluation data"):
@@ -128,6 +129,20 @@ def _refuse_too_few(config: Config, available: int) -> None:
     for key, count in needed.items():
         if count > available:
             raise data.DataError(f"{key} = {count}: the training data has {available} samples. Lower it or add data.")
+
+
+def _total_steps(config: Config, num_samples: int) -> int:
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return math.ceil((config.train.epochs or 0) * data.steps_per_epoch(num_samples, config.train.global_batch_size))
+
+
+def _refuse_long_warmup(config: Config, num_samples: int) -> None:
+    total, warmup = _total_steps(config, num_samples), config.optim.warmup_steps
+    if 0 < total <= warmup:
+        raise data.DataError(
+            f"optim.warmup_steps = {warmup}: the run has {total} steps, so optim.lr would never be reached. Lower it."
+        )
 
 
 def _introduce(config: Config, launch: comm.Launch, inputs: _Inputs, record: metrics.RunFolder) -> None:
@@ -190,7 +205,7 @@ def _train(
     optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
     train, size = config.train, config.train.global_batch_size
     num_targets = np.asarray(inputs.train.dataset["num_targets"])
-    total = train.max_steps or math.ceil((train.epochs or 0) * data.steps_per_epoch(len(inputs.train), size))
+    total = _total_steps(config, len(inputs.train))
     base.module.train()
     started, tokens_since, steps_since = time.monotonic(), 0.0, 0
     for step in range(total):

@@ -153,7 +153,7 @@ ERRORS = [
             ("            if not positions or own_targets == 0:\n", "            if own_targets == 0:\n"),
         ),
         "test_gradient.py",
-        "3-3 or 3-0 or 4-3",
+        "3-zero3 or 3-stage0 or 4-zero3",
     ),
     Planted(
         "a parameter's whole copy not compensated",

@@ -18,40 +18,39 @@ SAMPLES = 8
 
 # Each value of every option occurs, and 3 ranks do not divide 8 samples.
 CASES = [
-    # kind, world size, stage, checkpointing, buffer, layer groups, parts, micro-batch, average
-    ("llama", 1, 3, "non_reentrant", "device", 1, 1, 1, "token"),
-    ("llama", 1, 0, "none", "host", 3, 2, 2, "micro_batch"),
-    ("llama", 2, 3, "none", "host", 1, 2, 2, "token"),
-    ("llama", 2, 0, "reentrant", "device", 3, 1, 1, "token"),
-    ("llama", 3, 3, "reentrant", "device", 3, 1, 1, "micro_batch"),
-    ("llama", 4, 3, "non_reentrant", "host", 3, 2, 3, "token"),
-    ("qwen2", 1, 3, "reentrant", "host", 3, 1, 2, "token"),
-    ("qwen2", 2, 3, "non_reentrant", "device", 3, 1, 1, "micro_batch"),
-    ("qwen2", 3, 0, "non_reentrant", "host", 1, 2, 1, "token"),
-    ("qwen2", 3, 3, "none", "device", 1, 1, 3, "token"),
-    ("qwen2", 4, 3, "reentrant", "device", 1, 2, 1, "token"),
-    ("qwen2", 4, 0, "none", "device", 3, 1, 1, "token"),
+    # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average
+    ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
+    ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
+    ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
+    ("llama", 2, "stage0", "reentrant", "device", 3, 1, 1, "token"),
+    ("llama", 3, "zero3", "reentrant", "device", 3, 1, 1, "micro_batch"),
+    ("llama", 4, "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
+    ("qwen2", 1, "zero3", "reentrant", "host", 3, 1, 2, "token"),
+    ("qwen2", 2, "zero3", "non_reentrant", "device", 3, 1, 1, "micro_batch"),
+    ("qwen2", 3, "stage0", "non_reentrant", "host", 1, 2, 1, "token"),
+    ("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"),
+    ("qwen2", 4, "zero3", "reentrant", "device", 1, 2, 1, "token"),
+    ("qwen2", 4, "stage0", "none", "device", 3, 1, 1, "token"),
 ]
 
 
-def load_base(folder: Path, stage: int, checkpointing: str = "non_reentrant", r: int = 4):
+def load_base(folder: Path, zero_json: str, checkpointing: str = "non_reentrant", r: int = 4):
     """Base and targets on this rank, with a persistence threshold that some weights lie below and some above."""
     from lora_one_dist import config, model
 
     settings = config.ModelConfig(path=str(folder), dtype="fp32", gradient_checkpointing=checkpointing)
-    name = "zero3" if stage == 3 else "stage0"
-    policy = json.loads(Path(f"ds_configs/{name}.json").read_text())
+    policy = json.loads(Path(f"ds_configs/{zero_json}.json").read_text())
     policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
     plan = model.plan(folder, settings, config.LoraConfig(r=r), r)
     assert plan.sources is not None, "the sliced road must be taken"
     return model.load(settings, plan, policy, 1), plan.targets
 
 
-def owned_gradients(folder, stage, checkpointing, buffer, groups, parts, micro_batch_size, average):
+def owned_gradients(folder, zero_json, checkpointing, buffer, groups, parts, micro_batch_size, average):
     """Runs on a rank: what it owns, and the loss."""
     from lora_one_dist import comm, gradient, ownership
 
-    base, targets = load_base(folder, stage, checkpointing)
+    base, targets = load_base(folder, zero_json, checkpointing)
     batch = gradient.deal_micro_batches(models.samples(SAMPLES), micro_batch_size, average, parts, pad_token_id=0)
     costs = [float(t.m * t.n) for t in targets]
     owned, losses = {}, []

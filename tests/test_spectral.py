@@ -34,7 +34,7 @@ CASES = [(96, 160, 8), (160, 96, 8), (700, 1200, 16), (1200, 700, 4), (48, 48, 2
 def case(request):
     m, n, r = request.param
     G = matrix(m, n, 0.7)
-    return G, r, exact(G), spectral.truncated_svd(G, 2 * r, seed=1, tolerance=1e-5)
+    return G, r, exact(G), spectral.truncated_svd(G, 2 * r, seed=1, tolerance=1e-3)
 
 
 def test_lora_one_is_a_normalised_step_down(case):
@@ -70,15 +70,19 @@ def test_pissa_is_the_best_rank_r_part(case):
 def test_large_gradient_at_rank_64():
     G = matrix(2048, 2048, 0.7, seed=3)
     U, S, Vh = exact(G)
-    svd = spectral.truncated_svd(G, 64, seed=2, tolerance=1e-5)
+    svd = spectral.truncated_svd(G, 64, seed=2, tolerance=1e-3)
     assert svd.iterations > 0, "the randomised road"
     for A0, B0, truth in (
         (*spectral.lora_one(svd, 64, 128.0), -(U[:, :64] * (S[:64] / S[0])) @ Vh[:64] / 128.0),
+        (*spectral.lora_one_v1(svd, 64, 64.0), U[:, :64] @ Vh[:64] * math.sqrt(2048) / 64.0),
         (*spectral.pissa(svd, 64, 2.0), (U[:, :64] * S[:64]) @ Vh[:64] / 2.0),
     ):
         assert relative(B0 @ A0, truth) <= TOLERANCE
-    error = _error_over_optimal(G, svd, S, 64)
-    assert error <= 1 + TOLERANCE
+    assert _error_over_optimal(G, svd, S, 64) <= 1 + TOLERANCE
+    A0, B0 = spectral.lora_ga(spectral.truncated_svd(G, 128, seed=2, tolerance=1e-3), 64, 16.0)
+    scale = math.sqrt(2048) / 16.0
+    assert relative(A0.double().T @ A0.double() / scale, Vh[:64].T @ Vh[:64]) <= TOLERANCE
+    assert relative(B0.double() @ B0.double().T / scale, U[:, 64:128] @ U[:, 64:128].T) <= TOLERANCE
 
 
 def test_open_gap_is_measured_by_the_error():
@@ -87,7 +91,7 @@ def test_open_gap_is_measured_by_the_error():
     S = exact(G)[1]
     r = 16
     assert float((S[r - 1] - S[r]) / S[r - 1]) < spectral.SMALL_GAP
-    svd = spectral.truncated_svd(G, r, seed=5, tolerance=1e-5)
+    svd = spectral.truncated_svd(G, r, seed=5, tolerance=1e-3)
     assert svd.gap < spectral.SMALL_GAP
     assert _error_over_optimal(G, svd, S, r) <= 1 + TOLERANCE
 
@@ -99,7 +103,7 @@ def _error_over_optimal(G, svd, S, r):
 
 def test_certificate_bounds_the_angle(case):
     G, r, (_, _, Vh), _ = case
-    svd = spectral.truncated_svd(G, r, seed=7, tolerance=1e-5)
+    svd = spectral.truncated_svd(G, r, seed=7, tolerance=1e-3)
     sine = torch.linalg.matrix_norm(Vh[:r].T @ (Vh[:r] @ svd.Vh[:r].double().T) - svd.Vh[:r].double().T, 2)
     assert float(sine) <= 2 * svd.error + 1e-6, "2: Davis-Kahan for singular spaces; 1e-6: fp32 rounding of the vectors"
 
@@ -116,7 +120,7 @@ def test_certificate_catches_a_wrong_space():
 def test_iterates_until_certified():
     G = matrix(900, 1100, 0.1)
     first = spectral.truncated_svd(G, 8, seed=1, tolerance=math.inf)
-    best = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-5)
+    best = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-3)
     assert first.iterations == spectral.FIRST_ITERATIONS
     assert best.iterations > first.iterations
     assert best.error < first.error / 2
@@ -127,9 +131,9 @@ def test_reproducible_and_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    first = spectral.truncated_svd(G, 8, seed=9, tolerance=1e-5)
+    first = spectral.truncated_svd(G, 8, seed=9, tolerance=1e-3)
     assert torch.equal(torch.rand(3), expected)
-    again = spectral.truncated_svd(G, 8, seed=9, tolerance=1e-5)
+    again = spectral.truncated_svd(G, 8, seed=9, tolerance=1e-3)
     assert torch.equal(first.U, again.U)
     assert torch.equal(first.Vh, again.Vh)
 
@@ -150,12 +154,12 @@ def test_kaiming_is_lora():
 
 def test_coverage_and_overlap():
     G = matrix(96, 160, 0.7)
-    svd = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-5)
+    svd = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-3)
     S = exact(G)[1]
     covered = spectral.coverage(svd.S, float(G.double().square().sum()), (1, 8, 96, 128))
     assert covered[8] == pytest.approx(float(S[:8].square().sum() / S.square().sum()), rel=1e-5)
     assert covered[96] == pytest.approx(1.0, rel=1e-5)
     assert 128 not in covered
     assert spectral.subspace_overlap(svd, svd, 8) == pytest.approx(1.0, rel=1e-5)
-    other = spectral.truncated_svd(matrix(96, 160, 0.7, seed=8), 8, seed=1, tolerance=1e-5)
+    other = spectral.truncated_svd(matrix(96, 160, 0.7, seed=8), 8, seed=1, tolerance=1e-3)
     assert spectral.subspace_overlap(svd, other, 8) < 0.3  # unrelated spaces: about 8/96 and 8/160

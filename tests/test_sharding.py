@@ -1,0 +1,90 @@
+"""Reading slices of safetensors files, and the ZeRO JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_one_dist import sharding
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "matrix": torch.randn(37, 11, generator=generator),
+        "half": torch.randn(5, 7, generator=generator).bfloat16(),
+        "vector": torch.randn(13, generator=generator),
+        "integers": torch.arange(4),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(values, path, metadata={"format": "pt"})
+    return values, path
+
+
+def test_header_gives_types_shapes_and_places(tensors):
+    values, path = tensors
+    sources = sharding.read_header(path)
+    assert set(sources) == set(values)
+    assert sources["integers"] is None, "no base weight is of this type"
+    for name in ("matrix", "half", "vector"):
+        assert (sources[name].dtype, sources[name].shape) == (values[name].dtype, tuple(values[name].shape))
+        parameter = torch.nn.Parameter(torch.zeros_like(values[name]), requires_grad=False)
+        with path.open("rb") as file:
+            sharding._read_own(parameter, sources[name], file)
+        assert torch.equal(parameter, values[name])
+
+
+@pytest.mark.parametrize("slab_bytes", [4, 44, 16 * 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slabs_and_casts(dtype, slab_bytes, tensors, monkeypatch):
+    values, path = tensors
+    monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
+    parameter = torch.nn.Parameter(torch.zeros(37, 11, dtype=dtype), requires_grad=False)
+    with path.open("rb") as file:
+        sharding._read_own(parameter, sharding.read_header(path)["matrix"], file)
+    assert torch.equal(parameter, values["matrix"].to(dtype))
+
+
+@pytest.mark.parametrize("fault", ["cut", "longer", "text", "empty"])
+def test_broken_files_are_refused(fault, tensors):
+    _, path = tensors
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-5], "longer": content + b"x", "text": b"not a tensor file", "empty": b""}[fault])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        sharding.read_header(path)
+
+
+def test_a_file_that_shrinks_is_noticed(tensors):
+    _, path = tensors
+    source = sharding.read_header(path)["matrix"]
+    path.write_bytes(path.read_bytes()[: source.offset + 8])
+    with path.open("rb") as file, pytest.raises(OSError, match="ended early"):
+        sharding._read_own(torch.nn.Parameter(torch.zeros(37, 11), requires_grad=False), source, file)
+
+
+@pytest.mark.parametrize("slab_bytes", [44, 16 * 2**20])
+def test_add_low_rank_on_a_whole_weight(slab_bytes, monkeypatch):
+    monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
+    generator = torch.Generator().manual_seed(1)
+    W, B, A = (torch.randn(*shape, generator=generator) for shape in ((37, 11), (37, 3), (3, 11)))
+    weight = torch.nn.Parameter(W.bfloat16(), requires_grad=False)
+    before = weight.detach().float().clone()
+    squared_error = sharding.add_low_rank(weight, B, A, -0.5)
+    exact = before - 0.5 * B @ A
+    assert torch.equal(weight, exact.bfloat16())
+    assert squared_error == pytest.approx(float((exact.bfloat16().float() - exact).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted(Path("ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_policies_hold_memory_policy_only(path):
+    policy = json.loads(path.read_text())
+    assert set(policy) == {"zero_optimization"}
+    full = sharding.deepspeed_config(policy, "bf16", 3)
+    assert full["bf16"] == {"enabled": True}
+    assert full["train_micro_batch_size_per_gpu"] == 3
+    assert policy == json.loads(path.read_text()), "the policy itself is left alone"
