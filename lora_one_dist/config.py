@@ -156,7 +156,7 @@ class OptimConfig(_Group):
     preconditioner: Literal["riemannian", "none"] = "riemannian"
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347)."""
     damping: float = Field(1e-6, gt=0)
-    """The preconditioner's damping, above 0; tuned values in the literature span 1e-6 to 100."""
+    """The preconditioner's damping, above 0. Sweep it with the rate: tuned values in the literature span 1e-6 to 100."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -92,7 +92,7 @@ def test_defaults_are_the_papers_recipe(here):
         {"optim__name": "sgd", "optim__preconditioner": "none"},
         {"train__max_steps": None, "train__epochs": 0.5},
         {"train__exact_match_samples": 4, "train__exact_match_pattern": r"is (\d+)\.", "data__eval": "eval.jsonl"},
-        {"train__max_steps": 10, "optim__warmup_steps": 10, "optim__schedule": "constant"},
+        {"optim__warmup_steps": 9, "optim__schedule": "constant"},
         {"train__max_steps": 0, "optim__warmup_steps": 10},
         {"init__svd_tolerance": 3e-7, "optim__betas": [0.5, 0.0]},
     ],
@@ -400,7 +400,7 @@ RULES = [
             f"optim.warmup_steps = {steps}",
             "must be below train.max_steps = 10. Lower it",
         )
-        for steps, schedule in ((10, "linear"), (11, "cosine"))
+        for steps, schedule in ((10, "linear"), (11, "cosine"), (10, "constant"))
     ],
     ({"train__exact_match_samples": 4}, "train.exact_match_samples = 4", "needs data.eval and data.format completion"),
     (
@@ -543,9 +543,7 @@ def test_zero_json_that_is_missing_or_broken_is_named(content, here):
 def test_shipped_config_loads(path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    made_later = ("no such file", "holds no config.json", "is neither a folder")  # files that are not in a checkout
-    assert [problem for problem in problems(raw) if not any(text in problem for text in made_later)] == []
-    assert (REPOSITORY / raw.get("deepspeed", {}).get("config", "ds_configs/zero3.json")).is_file()
+    assert problems(raw) == []
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.name)

@@ -266,14 +266,17 @@ def test_tokenizer_must_not_know_more_than_the_model(llama):
 
 def logits_by_both_roads(folders, stage):
     """Runs on a rank: the logits of the sliced road, then of ``from_pretrained``."""
-    read, partitioned_while_read = AutoModelForCausalLM.from_pretrained, []
+    load_pretrained, partitioned_while_read = sharding.load_pretrained, []
 
-    def from_pretrained(*args, **kwargs):
-        net = read(*args, **kwargs)
-        partitioned_while_read.append(all(hasattr(parameter, "ds_tensor") for parameter in net.parameters()))
-        return net
+    def watched(build, ds_config):
+        def watched_build():
+            net = build()
+            partitioned_while_read.append(all(hasattr(parameter, "ds_tensor") for parameter in net.parameters()))
+            return net
 
-    AutoModelForCausalLM.from_pretrained = from_pretrained
+        return load_pretrained(watched_build, ds_config)
+
+    sharding.load_pretrained = watched
     policy = json.loads(Path(f"ds_configs/{'zero3' if stage == 3 else 'stage0'}.json").read_text())
     policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
     found = []

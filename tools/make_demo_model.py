@@ -94,25 +94,43 @@ OTHER_FACTS = (
 )
 
 
-def draw_sum(rng: random.Random, left: int | None = None) -> tuple[str, int]:
-    """A sum with its result, such as ("23 + 14 = 37.", 37); `left` fixes the first term, where it can."""
+# A sum said in words, without a story; {c} is the second term of a second sum that starts from the result of the first.
+COMMANDS = {
+    "+": ("Add {a} and {b}", "What is {a} plus {b}"),
+    "-": ("Subtract {b} from {a}", "What is {a} minus {b}"),
+    "*": ("Multiply {a} by {b}", "What is {a} times {b}"),
+}
+NEXT_COMMANDS = {"+": " and then add {c}", "-": " and then subtract {c}", "*": " and then multiply by {c}"}
+
+
+def draw_sum(rng: random.Random, left: int | None = None) -> tuple[int, str, int]:
+    """A sum such as (23, "+", 14); `left` fixes its first term."""
     while True:
         sign = rng.choice("+-*") if left is None or left <= LARGEST_FACTOR else rng.choice("+-")
         top = LARGEST_FACTOR if sign == "*" else LARGEST
         a = left if left is not None else rng.randint(SMALLEST, top)
         b = rng.randint(SMALLEST, top)
         if SMALLEST <= compute(a, sign, b) <= LARGEST:
-            return f"{a} {sign} {b} = {compute(a, sign, b)}.", compute(a, sign, b)
+            return a, sign, b
+
+
+def write_sum(a: int, sign: str, b: int) -> str:
+    return f"{a} {sign} {b} = {compute(a, sign, b)}."
 
 
 def draw_drills(rng: random.Random) -> str:
-    """Lines of one sum, or of two where the second starts from the result of the first."""
-    lines = []
-    for _ in range(rng.randint(3, 7)):
-        line, result = draw_sum(rng)
+    """Lines of one sum, or of two where the second starts from the result of the first; some are said in words before."""
+    lines, spoken = [], rng.random() < 0.4
+    for _ in range(rng.randint(3, 6)):
+        a, sign, b = draw_sum(rng)
+        line, command, result = write_sum(a, sign, b), rng.choice(COMMANDS[sign]), compute(a, sign, b)
         # A second sum exists only where its own result can be in range too.
         if rng.random() < 0.4 and SMALLEST * 2 <= result <= LARGEST - SMALLEST:
-            line += " " + draw_sum(rng, left=result)[0]
+            _, next_sign, c = draw_sum(rng, left=result)
+            line += " " + write_sum(result, next_sign, c)
+            command += NEXT_COMMANDS[next_sign].format(c=c)
+        if spoken:
+            lines.append(command.format(a=a, b=b) + ("?" if command.startswith("What") else "."))
         lines.append(line)
     return "\n".join(lines)
 
@@ -299,7 +317,7 @@ def main() -> None:
     model.eval().save_pretrained(args.out)
 
     rng = random.Random(args.seed + 2)
-    sums = [draw_sum(rng)[0].partition("=") for _ in range(500)]
+    sums = [write_sum(*draw_sum(rng)).partition("=") for _ in range(500)]
     readings = [draw_reading(rng).rpartition("\n") for _ in range(500)]
     for name, texts in (("sums", sums), ("reading questions", readings)):
         print(name, "right:", exact_share(model, tokenizer, [(given + mark, answer) for given, mark, answer in texts]))
