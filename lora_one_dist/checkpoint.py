@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_one_dist.config import Config
@@ -79,7 +79,12 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     Raises:
         AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference.
     """
-    described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        described = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(
+            f"init.adapter = {folder}: its adapter_config.json cannot be read: {error}. Copy it again."
+        ) from error
     lora = config.lora
     problems = []
     for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
@@ -91,8 +96,11 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise AdapterError(f"init.adapter = {folder}: holds no adapter_model.safetensors. Save it as such.")
-    with safe_open(path, framework="pt") as reader:
-        tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"init.adapter = {folder}: {path.name} is damaged: {error}. Copy it again.") from error
     known = {f"{PREFIX}{target.name}.lora_{side}.weight" for target in targets for side in "AB"}
     extra = sorted(set(tensors) - known)
     if extra:

@@ -105,12 +105,16 @@ def _launch_from_slurm(env: Mapping[str, str]) -> Launch:
     address = env.get("MASTER_ADDR")
     if address is None:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-        if shown.returncode != 0 or not shown.stdout.strip():
-            raise LaunchError(f"SLURM node list {nodes!r} cannot be expanded by scontrol. Set MASTER_ADDR yourself.")
-        address = shown.stdout.split()[0]
+        try:
+            shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            address = shown.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise LaunchError(
+                f"SLURM node list {nodes!r} cannot be expanded by scontrol. Set MASTER_ADDR yourself."
+            ) from None
     # Two jobs may share a node: the port follows the job.
-    port = int(env.get("MASTER_PORT", SLURM_PORT_BASE + _integer(env, "SLURM_JOB_ID") % SLURM_PORT_RANGE))
+    port = SLURM_PORT_BASE + _integer(env, "SLURM_JOB_ID") % SLURM_PORT_RANGE
+    port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port
     rank, size, local = (_integer(env, name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     return Launch("srun", rank, size, local, address, port)
 
@@ -118,12 +122,13 @@ def _launch_from_slurm(env: Mapping[str, str]) -> Launch:
 def _launch_from_mpi(env: Mapping[str, str]) -> Launch:
     from mpi4py import MPI  # needs an MPI library, which only mpirun's users have
 
+    port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
     world = MPI.COMM_WORLD
     hosts = world.allgather(MPI.Get_processor_name())
     local_rank = hosts[: world.rank].count(hosts[world.rank])
     rendezvous = None
     if world.rank == 0:
-        rendezvous = (env.get("MASTER_ADDR", hosts[0]), int(env.get("MASTER_PORT", _free_port())))
+        rendezvous = (env.get("MASTER_ADDR", hosts[0]), port)
     address, port = world.bcast(rendezvous)
     return Launch("mpirun (mpi4py)", world.rank, world.size, local_rank, address, port)
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 # What `lora_one_dist` sets itself; a ZeRO JSON that also sets it would be a second source of the same truth.
 DEEPSPEED_KEYS_SET_BY_CODE = (
@@ -28,6 +28,7 @@ DEEPSPEED_KEYS_SET_BY_CODE = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "bf16",
+    "bfloat16",
     "fp16",
     "torch_autocast",
     "optimizer",
@@ -50,7 +51,9 @@ class ConfigError(ValueError):
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Group):
@@ -156,7 +159,7 @@ class OptimConfig(_Group):
     preconditioner: Literal["riemannian", "none"] = "riemannian"
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347)."""
     damping: float = Field(1e-6, gt=0)
-    """The preconditioner's damping, above 0. Sweep it with the rate: tuned values in the literature span 1e-6 to 100."""
+    """The preconditioner's damping, above 0. Sweep it with the rate: tuned values in papers span 1e-6 to 100."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -235,6 +238,17 @@ class Config(_Group):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML whose mappings give each key once: plain YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML), check everything.  Not collective.
 
@@ -242,7 +256,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every problem found.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {path}: cannot be read as YAML: {error}. Give a YAML file."]) from error
     if not isinstance(raw, dict):
@@ -251,7 +265,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         try:
             _apply_override(raw, override)
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             problems.append(str(error))
     return parse_config(raw, problems)
 
@@ -266,7 +280,7 @@ def parse_config(raw: Mapping[str, Any], problems: Sequence[str] = ()) -> Config
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        found += [_describe(e) for e in error.errors()]
+        found += list(dict.fromkeys(_describe(e) for e in error.errors()))
         groups = _valid_groups(raw)
     else:
         groups = {name: getattr(config, name) for name in Config.model_fields}
@@ -289,15 +303,24 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {part} holds {child!r}, not a group. Check the key.")
         node = child
-    node[parts[-1]] = yaml.safe_load(value)
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"override {override!r}: its value is no YAML: {what}. Quote it: {parts[-1]}='...'."
+        ) from error
 
 
 def _describe(error: Any) -> str:
     """One pydantic error as 'key = value: rule. remedy.'"""
-    path = [part for part in error["loc"] if isinstance(part, str)]
+    path: list[str] = []
     fields: Mapping[str, Any] = Config.model_fields
     field = None
-    for part in path:
+    for part in map(str, error["loc"]):
+        if field is not None and not fields:
+            break  # below a setting: an item of a list, or what pydantic calls a member of a union
+        path.append(part)
         if part not in fields:
             break
         field = fields[part]
@@ -310,14 +333,18 @@ def _describe(error: Any) -> str:
         remedy = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
         return f"{key} = {error['input']!r}: no such setting. {remedy}"
     if error["type"] == "missing":
-        return f"{key}: is required. {help_text}"
-    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. {help_text}"
+        return f"{key}: is required. {help_text or _give(path)}"
+    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. {help_text or _give(path)}"
+
+
+def _give(path: Sequence[str]) -> str:
+    return f"Give a group of settings: {', '.join(_known_keys(path[:1]))}." if len(path) == 1 else "Check the key."
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
     fields: Mapping[str, Any] = Config.model_fields
     for part in path:
-        fields = getattr(fields[part].annotation, "model_fields", {})
+        fields = getattr(fields[part].annotation, "model_fields", {}) if part in fields else {}
     return list(fields)
 
 
@@ -444,7 +471,10 @@ def _check_optim(optim: OptimConfig) -> Iterator[str]:
 
 def _check_train(train: TrainConfig) -> Iterator[str]:
     if (train.epochs is None) == (train.max_steps is None):
-        yield f"train.epochs = {train.epochs}, train.max_steps = {train.max_steps}: exactly one must be given."
+        yield (
+            f"train.epochs = {train.epochs}, train.max_steps = {train.max_steps}: exactly one must be given. "
+            "Give one and leave the other out, or null."
+        )
     if train.global_batch_size < train.micro_batch_size:
         yield (
             f"train.global_batch_size = {train.global_batch_size}: must be at least train.micro_batch_size = "
@@ -453,12 +483,14 @@ def _check_train(train: TrainConfig) -> Iterator[str]:
     if train.exact_match_samples == 0:
         for key in ("exact_match_pattern", "exact_match_max_new_tokens"):
             if key in _changed(train):
-                yield f"train.{key}: has no effect with train.exact_match_samples 0. Leave it out."
+                value = getattr(train, key)
+                yield f"train.{key} = {value!r}: has no effect with train.exact_match_samples 0. Leave it out."
     if train.exact_match_pattern is not None:
+        pattern = train.exact_match_pattern
         try:
-            re.compile(train.exact_match_pattern)
+            re.compile(pattern)
         except re.error as error:
-            yield f"train.exact_match_pattern = {train.exact_match_pattern!r}: is no regular expression ({error})."
+            yield f"train.exact_match_pattern = {pattern!r}: is no regular expression ({error}). Correct it."
 
 
 def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
@@ -468,14 +500,20 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         yield f"deepspeed.config = {path}: cannot be read as JSON: {error}. ds_configs/ holds working ones."
         return
+    zero = policy.get("zero_optimization", {}) if isinstance(policy, dict) else None
+    if not isinstance(zero, dict) or not isinstance(zero.get("offload_param") or {}, dict):
+        yield (
+            f"deepspeed.config = {path}: the file, its zero_optimization and that one's offload_param must be objects "
+            "{...}. ds_configs/ holds working ones."
+        )
+        return
     for key in DEEPSPEED_KEYS_SET_BY_CODE:
         if key in policy:
             yield f"deepspeed.config = {path}: sets {key!r}, which the run's YAML sets. Take it out of the JSON."
-    zero = policy.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 3):
+    if type(stage) is not int or stage not in (0, 3):
         yield (
-            f"deepspeed.config = {path}: zero_optimization.stage = {stage}, must be 0 or 3. A frozen base has no "
+            f"deepspeed.config = {path}: zero_optimization.stage = {stage!r}, must be 0 or 3. A frozen base has no "
             "gradients or moments for stages 1 and 2 to partition: 0 takes the same memory, 3 less."
         )
     if "offload_optimizer" in zero:

@@ -86,13 +86,13 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     return Plan(folder, skeleton, find_targets(skeleton, lora, rank_needed), tensor_sources(folder, skeleton))
 
 
-def local_folder(path: str) -> Path:
+def local_folder(path: str, trust_remote_code: bool) -> Path:
     """The folder itself, or a hub name's snapshot, downloaded by the first rank of each host.  Collective."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     with comm.local_first():
         return Path(snapshot_download(path, allow_patterns=patterns))
 
@@ -196,7 +196,9 @@ def tensor_sources(folder: Path, model: Any) -> dict[str, sharding.TensorSource]
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"model.path = {folder}: its {index.name} has no weight_map. Fetch it again.")
         paths = sorted({folder / name for name in weight_map.values()})
     else:
         paths = [folder / "model.safetensors"]
@@ -247,13 +249,21 @@ def load(
     else:
 
         def build() -> nn.Module:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 planned.folder,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+            model, report = loaded
+            lacking = sorted(report["missing_keys"])
+            if lacking:  # transformers fills them with random values and a warning
+                raise ModelError(
+                    f"model.path = {config.path}: its files hold no values for {len(lacking)} tensors, e.g. "
+                    f"{lacking[0]}. Give a complete checkpoint of the causal language model."
+                )
             return model if stage == 3 else model.to(comm.device())
 
         base = sharding.load_pretrained(build, ds_config)
@@ -284,22 +294,22 @@ def loss_sum(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     """Train mode (gradient checkpointing needs it) with every dropout probability of the base at 0."""
-    saved: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        for key, value in vars(module).items():
-            is_probability = "dropout" in key or (key == "p" and isinstance(module, nn.Dropout))
+    saved: list[tuple[Any, str, float]] = []
+    for holder in (*model.modules(), getattr(model, "config", None)):  # some forwards read it from the config
+        for key, value in vars(holder).items() if holder is not None else ():
+            is_probability = "dropout" in key or (key == "p" and isinstance(holder, nn.Dropout))
             if is_probability and isinstance(value, float) and value > 0:
-                saved.append((module, key, value))
+                saved.append((holder, key, value))
     was_training = model.training
     model.train()
-    for module, key, _ in saved:
-        setattr(module, key, 0.0)
+    for holder, key, _ in saved:
+        setattr(holder, key, 0.0)
     try:
         yield
     finally:
         model.train(was_training)
-        for module, key, value in saved:
-            setattr(module, key, value)
+        for holder, key, value in saved:
+            setattr(holder, key, value)
 
 
 def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **changes: Any) -> PeftLoraConfig:

@@ -95,7 +95,7 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
 
 def _read_inputs(config: Config) -> _Inputs:
     """Everything that can be refused without a weight: model plan, tokenizer, data, given adapter."""
-    folder = model.local_folder(config.model.path)
+    folder = model.local_folder(config.model.path, config.model.trust_remote_code)
     with comm.all_or_none("checking the model"):
         needed = initialize.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
         plan = model.plan(folder, config.model, config.lora, needed)
@@ -103,6 +103,8 @@ def _read_inputs(config: Config) -> _Inputs:
         model.check_tokenizer(plan.skeleton, tokenizer)
     with comm.all_or_none("reading the data"):
         rows = data.load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
+    # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
+    with comm.all_or_none("tokenizing the data"):
         with comm.local_first():
             train = data.tokenize(rows, tokenizer, config.data)
         _refuse_too_few(config, len(train))
@@ -111,6 +113,7 @@ def _read_inputs(config: Config) -> _Inputs:
     if config.data.eval is not None:
         with comm.all_or_none("reading the evaluation data"):
             rows = data.load_rows(config.data.eval, config.data.eval_split, config.data.max_eval_samples)
+        with comm.all_or_none("tokenizing the evaluation data"):
             with comm.local_first():
                 held_out = data.tokenize(rows, tokenizer, config.data)
             answered = range(min(config.train.exact_match_samples, len(rows)))
@@ -186,7 +189,8 @@ def _initialise(
     for row in result.rows:
         row["base_rounding"] = lost.get(row["name"])
     targets_seen = sum(sample["num_targets"] for sample in samples)
-    for line in metrics.init_summary(result.rows, targets_seen, config.lora.r):
+    tokens = targets_seen if method in GRADIENT_METHODS else 0  # pissa takes no gradient
+    for line in metrics.init_summary(result.rows, tokens, config.lora.r):
         record.say(line)
     initial = {a.target.name: (a.A.detach().clone(), a.B.detach().clone()) for a in adapters} if compensates else None
     with comm.all_or_none("writing the initial adapter and its report"):

@@ -244,3 +244,16 @@ def test_adapter_in_another_format_is_refused(config, tmp_path):
     shutil.move(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"holds no adapter_model.safetensors. Save it as such"):
         read_adapter(folder, config(), TARGETS)
+
+
+def test_damaged_adapter_is_named(config, tmp_path):
+    folder = tmp_path / "adapter"
+    export(folder, config(), adapters(0), TARGETS, None)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is damaged"):
+        read_adapter(folder, config(), TARGETS)
+    for text in ("{", "[1]"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read"):
+            read_adapter(folder, config(), TARGETS)

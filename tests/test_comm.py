@@ -280,3 +280,11 @@ def test_first_rank_of_each_host_goes_before_its_others(tmp_path):
     assert [found for found, _, _ in results] == [False, True, False]
     assert [first for _, _, first in results] == [True, False, True]
     assert all("rank 2 on" in message and message.endswith("disk full") for _, message, _ in results), "and none waits"
+
+
+def test_srun_without_scontrol_or_with_a_bad_port(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(LaunchError, match=r"cannot be expanded by scontrol\. Set MASTER_ADDR"):
+        resolve_launch(SRUN)
+    with pytest.raises(LaunchError, match="MASTER_PORT = 'x': must be a whole number"):
+        resolve_launch(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "x"})

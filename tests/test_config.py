@@ -568,3 +568,54 @@ def test_every_setting_is_explained():
         if not (inner.description or "").strip()
     ]
     assert missing == [], "the field's docstring is the remedy in an error message"
+
+
+@pytest.mark.parametrize("policy", ["[]", '{"zero_optimization": null}', '{"zero_optimization": true}'])
+def test_zero_json_of_another_shape_is_named(policy, here):
+    Path("policy.json").write_text(policy)
+    (problem,) = problems(valid(deepspeed={"config": "policy.json"}))
+    assert "must be objects" in problem
+
+
+def test_zero_values_of_another_type_are_named(here):
+    (problem,) = problems(write(valid(), zero_optimization={"stage": 3, "offload_param": "cpu"}))
+    assert "must be objects" in problem
+    (problem,) = problems(write(valid(), zero_optimization={"stage": "3"}))
+    assert "stage = '3', must be 0 or 3" in problem
+    (problem,) = problems(write(valid(), zero_optimization={"stage": 3}, bfloat16={"enabled": True}))
+    assert "sets 'bfloat16'" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"data__train": 5}, "data.train = 5: "),
+        ({"lora__target_modules": [1]}, "lora.target_modules = "),
+        ({"lora__target_modules": "q_proj"}, "lora.target_modules = 'q_proj': "),
+        ({"lora": None}, "lora = None: "),
+        ({"optim__lr": float("inf")}, "optim.lr = inf: "),
+        ({"model__path": "../gone"}, "model.path = ../gone: is neither"),
+        ({"model__path": "./gone"}, "model.path = ./gone: is neither"),
+        ({"train": {1: 2, "max_steps": 3}}, "train.1 = 1: "),
+        ({"train__exact_match_pattern": "x"}, "train.exact_match_pattern = 'x': has no effect"),
+    ],
+    ids=str,
+)
+def test_key_of_a_problem_is_the_users(changes, start, here):
+    found = problems(valid(**changes))
+    assert found
+    assert all(problem.startswith(start) for problem in found), found
+    assert all(problem.endswith(".") or problem.endswith("].") for problem in found), found
+    assert not any("list[str]" in problem or "literal[" in problem for problem in found)
+
+
+def test_override_that_is_no_yaml_is_named(here):
+    Path("run.yaml").write_text(yaml.safe_dump(valid()))
+    with pytest.raises(ConfigError, match=r"override 'lora.target_modules=\[q_proj': its value is no YAML"):
+        load_config("run.yaml", ["lora.target_modules=[q_proj"])
+
+
+def test_a_key_given_twice_is_refused(here):
+    Path("run.yaml").write_text(yaml.safe_dump(valid()) + "lora:\n  r: 4\n  r: 8\n")
+    with pytest.raises(ConfigError, match="'r' is given twice"):
+        load_config("run.yaml")

@@ -425,3 +425,39 @@ def test_layers_that_peft_takes_beyond_the_targets_are_refused():
     targets = find_targets(net, lora)
     with pytest.raises(ModelError, match=r"differ in \['model.layers.1.self_attn.q_proj'\]. Name the layers by longer"):
         model.inject_adapters(sharding.Base(net), model.peft_config(lora, targets, "x"), targets[:1], "fp32")
+
+
+def load_or_message(folder, policy):
+    settings = ModelConfig(path=folder, dtype="fp32")
+    planned = model.plan(Path(folder), settings, LoraConfig(r=4), 4)
+    try:
+        model.load(settings, planned, json.loads(Path(policy).read_text()), 1)
+    except model.ModelError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize(("world_size", "policy"), [(1, "ds_configs/stage0.json"), (2, "ds_configs/zero3.json")])
+def test_tensor_without_values_is_refused_not_drawn_at_random(world_size, policy, model_folder, tmp_path):
+    def cut(held):
+        del held["model.layers.1.mlp.up_proj.weight"]
+        return held
+
+    folder = changed(model_folder("llama"), tmp_path, cut)
+    for message in run_ranks(world_size, load_or_message, str(folder), policy):
+        assert "hold no values for 1 tensors, e.g. model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_index_without_a_map_is_refused(model_folder, tmp_path):
+    folder = changed(model_folder("llama"), tmp_path, lambda held: held)
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ModelError, match=r"index\.json has no weight_map"):
+        model.plan(folder, ModelConfig(path=str(folder), dtype="fp32"), LoraConfig(r=4), 4)
+
+
+def test_dropout_that_the_forward_reads_from_the_config_is_off_too():
+    base = models.llama(1)
+    base.config.hidden_dropout = 0.5
+    with dropout_off(base):
+        assert base.config.hidden_dropout == 0.0
+    assert base.config.hidden_dropout == 0.5

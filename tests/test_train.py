@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_one_dist import data
+from lora_one_dist import comm, data
 from lora_one_dist.config import parse_config
 from tests import models, reference
 from tests.ranks import run_ranks, write_json_lines
@@ -243,3 +244,27 @@ def test_used_output_folder_is_refused(model_folder, tmp_path):
     for message in run_ranks(2, refused, settings(model_folder("llama"), out), init=False):
         assert "exists and is not empty" in message
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def one_rank_cannot_read(raw):
+    from lora_one_dist import data
+    from lora_one_dist import train as story
+
+    if os.environ["RANK"] == "1":
+
+        def broken(*_):
+            raise OSError("stale file handle")
+
+        data.load_rows = broken
+    try:
+        story.run(parse_config(raw))
+    except comm.RankError as error:
+        return str(error)
+    return "ran"
+
+
+def test_data_that_one_rank_cannot_read_stops_all(model_folder, tmp_path):
+    raw = settings(model_folder("llama"), tmp_path / "run")
+    for message in run_ranks(2, one_rank_cannot_read, raw, init=False):
+        assert message.startswith("rank 1 on")
+        assert message.endswith("stale file handle")
