@@ -34,10 +34,9 @@ def run(config: Config) -> dict[str, Any]:
     launch = comm.init()
     if comm.rank() != 0:
         disable_progress_bars()
-    try:
-        return _run(config, launch)
-    finally:
-        comm.shutdown()
+    summary = _run(config, launch)
+    comm.shutdown()  # not after an error: peers may be inside a collective, and leaving the group would wait for them
+    return summary
 
 
 @dataclass
@@ -159,6 +158,9 @@ def _introduce(config: Config, launch: comm.Launch, inputs: _Inputs, record: met
         f"{len(train)} training samples, {train.num_tokens} tokens, {train.num_targets} targets; {train.num_truncated} "
         f"cut at {config.data.max_length} tokens, {train.num_without_targets} without targets dropped"
     )
+    positions = getattr(plan.skeleton.config, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        record.say(f"warning: data.max_length = {config.data.max_length}, but the model was made for {positions}.")
 
 
 def _initialise(
