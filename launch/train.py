@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a 
 from lora_one_dist.config import ConfigError, load_config
 
 EXIT_BAD_CONFIG, EXIT_FAILED = 2, 1
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher; LOCAL_RANK is what counts")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the YAML's")
     arguments = parser.parse_intermixed_args()
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
@@ -54,7 +55,11 @@ def main() -> int:
             traceback.print_exc()  # ours say everything in their message; of the others one wants to know where
         sys.stderr.flush()
         os._exit(EXIT_FAILED)  # peers may wait for this rank inside a collective: leave at once, the launcher ends them
-    return 0
+    # Everything is written and closed. The interpreter's own teardown of gloo's and Arrow's threads now and then aborts
+    # a finished process ("terminate called without an active exception"), which launchers report as a failed job.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_one_dist.config import Config
+from lora_one_dist.initialize import Pairs
 from lora_one_dist.model import Adapter, Target, peft_config
 
 PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class AdapterError(ValueError):
@@ -46,8 +46,9 @@ def export(
     else:
         pairs = {}
         for a in adapters:
-            A0, B0 = (x.float() for x in initial[a.target.name])
-            pairs[a.target.name] = (torch.cat([a.A.float(), A0]), torch.cat([a.B.float(), -B0], dim=1))
+            # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
+            A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
+            pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
         # s must stay: alpha / r is kept by doubling alpha with r, alpha / sqrt(r) by sqrt(2).
         alpha = lora.alpha * (math.sqrt(2) if lora.use_rslora else 2)
         description = peft_config(lora, targets, config.model.path, r=2 * lora.r, lora_alpha=alpha)
@@ -88,7 +89,8 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     lora = config.lora
     problems = []
     for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
-        if described.get(key, False) != wanted:
+        found = described.get(key, False)  # an exported alpha may hold a factor sqrt(2)
+        if not (isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-6)):
             problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if described.get(key):

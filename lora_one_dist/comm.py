@@ -151,10 +151,13 @@ def init(launch: Launch | None = None) -> Launch:
     )
     backend = "gloo"
     if torch.cuda.is_available():
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            raise LaunchError("DS_ACCELERATOR = cpu, but torch sees GPUs. Hide them: CUDA_VISIBLE_DEVICES= (empty).")
         if launch.local_rank >= torch.cuda.device_count():
             raise LaunchError(
-                f"local rank {launch.local_rank} on {socket.gethostname()}: only {torch.cuda.device_count()} GPUs. "
-                "Start at most one rank per GPU."
+                f"local rank {launch.local_rank} on {socket.gethostname()}: {torch.cuda.device_count()} GPUs visible. "
+                "Start at most one rank per GPU, and let each see all of its host's (srun: --gpus-per-node, not "
+                "--gpus-per-task)."
             )
         torch.cuda.set_device(launch.local_rank)
         backend = "cpu:gloo,cuda:nccl"

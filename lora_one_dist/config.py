@@ -21,6 +21,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
+# What a ZeRO JSON may hold: memory policy that acts on a frozen base. DeepSpeed ignores unknown keys in silence.
+ZERO_KEYS = {
+    0: {"stage"},
+    3: {
+        "stage",
+        "offload_param",
+        "overlap_comm",
+        "log_trace_cache_warnings",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    },
+}
 # What `lora_one_dist` sets itself; a ZeRO JSON that also sets it would be a second source of the same truth.
 DEEPSPEED_KEYS_SET_BY_CODE = (
     "train_batch_size",
@@ -136,7 +151,8 @@ class InitConfig(_Group):
     layer_groups: int = Field(1, ge=1)
     """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, backward passes times K."""
     halves: bool = True
-    """Report the overlap of the top-r spaces of the batch's two halves; doubles the owner's gradient memory."""
+    """Report the overlap of the top-r spaces of the batch's two halves. Costs twice the owner's gradient memory, three
+    SVDs a layer instead of one, and a second round of passes where one micro-batch a rank would have done."""
     svd_tolerance: float = Field(1e-3, gt=0, le=0.1)
     """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
 
@@ -397,6 +413,8 @@ def _changed(group: BaseModel) -> set[str]:
 
 
 def _check_model(model: ModelConfig) -> Iterator[str]:
+    if model.dtype == "fp32" and model.attn_implementation.startswith("flash"):
+        yield f"model.attn_implementation = {model.attn_implementation}: needs dtype bf16. Use sdpa with fp32."
     path = Path(model.path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -426,10 +444,19 @@ def _check_data(data: DataConfig) -> Iterator[str]:
     for key, used_by in used_by_format.items():
         if key in _changed(data) and data.format != used_by:
             yield f"data.{key} = {getattr(data, key)!r}: has no effect with data.format {data.format}. Leave it out."
+    unused = [f"{key}_split" for key in ("train", "eval") if _names_files(getattr(data, key))]
+    unused += ["eval_split", "max_eval_samples"] if data.eval is None else []
+    for key in unused:
+        if key in _changed(data):
+            yield f"data.{key} = {getattr(data, key)}: has no data set to apply to. Leave it out."
     for key in ("prompt", "completion"):
         yield from _check_template(f"data.{key}", getattr(data, key))
     if data.format == "text" and data.loss_on != "completion":
         yield f"data.loss_on = {data.loss_on}: has no effect with data.format text, always all. Leave it out."
+
+
+def _names_files(source: str | list[str] | None) -> bool:
+    return isinstance(source, list) or (source is not None and Path(source).suffix in DATA_SUFFIXES)
 
 
 def _check_template(key: str, template: str) -> Iterator[str]:
@@ -516,13 +543,13 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
             f"deepspeed.config = {path}: zero_optimization.stage = {stage!r}, must be 0 or 3. A frozen base has no "
             "gradients or moments for stages 1 and 2 to partition: 0 takes the same memory, 3 less."
         )
-    if "offload_optimizer" in zero:
-        yield f"deepspeed.config = {path}: offload_optimizer has no effect, DeepSpeed runs no optimizer. Take it out."
-    for key in ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights", "zero_quantized_gradients"):
-        if zero.get(key):
-            yield f"deepspeed.config = {path}: zero_optimization.{key} is not supported. Take it out."
+    for key in sorted(set(policy) - {"zero_optimization", *DEEPSPEED_KEYS_SET_BY_CODE}):
+        yield f"deepspeed.config = {path}: {key!r} has no effect here or is not supported. Take it out."
+    for key in sorted(set(zero) - ZERO_KEYS.get(stage, set(zero))):
+        yield (
+            f"deepspeed.config = {path}: zero_optimization.{key} has no effect on a frozen base at stage {stage}, or "
+            "is not supported. Take it out."
+        )
     device = (zero.get("offload_param") or {}).get("device", "none")
     if device not in ("none", "cpu"):
         yield f"deepspeed.config = {path}: offload_param.device = {device}, must be none or cpu. NVMe is not supported."
-    if stage == 0 and device != "none":
-        yield f"deepspeed.config = {path}: offload_param has no effect at stage 0. Take it out, or use stage 3."

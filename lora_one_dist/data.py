@@ -149,7 +149,7 @@ def _find_bad_json(path: str) -> str:
     return path
 
 
-def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig, *, num_proc: int | None = None) -> TokenData:
+def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenData:
     """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
 
     Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
@@ -172,7 +172,6 @@ def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig, *, num_pro
         remove_columns=columns,
         features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
         fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
-        num_proc=num_proc,
         desc="tokenize",
     )
     targets, lengths = (mapped.data.column(name).to_numpy() for name in ("num_targets", "uncut_length"))
@@ -319,10 +318,13 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 
 
 def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right; weightless: no label at all."""
+    """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right.
+
+    weightless: two tokens of the first sample without a label, for a rank that only has to join the collectives.
+    """
     ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
     if weightless:
-        labels = [torch.full_like(row, IGNORE_INDEX) for row in ids]
+        ids, labels = [ids[0][:2]], [torch.full_like(ids[0][:2], IGNORE_INDEX)]
     columns = {"input_ids": (ids, pad_token_id), "labels": (labels, IGNORE_INDEX)}
     columns["attention_mask"] = ([torch.ones_like(row) for row in ids], 0)
     return {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}

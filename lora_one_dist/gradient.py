@@ -93,13 +93,16 @@ class MicroBatch:
 def deal_micro_batches(
     samples: Sequence[dict[str, Any]], micro_batch_size: int, average: str, parts: int, pad_token_id: int
 ) -> list[list[MicroBatch]]:
-    """This rank's micro-batches of the init batch, in ``parts`` consecutive parts.  Not collective.
+    """This rank's micro-batches of the init batch, in at most ``parts`` consecutive parts.  Not collective.
 
+    With ``average`` micro_batch a part ends where a micro-batch does, so that the mean does not depend on the parts.
     The weights are such that the sum over parts, ranks and micro-batches of ``weight * summed loss`` is the batch's
     loss: the mean over its target tokens (``average`` token), or the mean of the micro-batches' means (micro_batch).
     Where the samples do not divide, a rank runs a copy of the first sample with weight 0.
     """
-    cuts = [len(samples) * part // parts for part in range(parts + 1)]
+    unit = micro_batch_size if average == "micro_batch" else 1
+    units = -(-len(samples) // unit)
+    cuts = sorted({min(len(samples), units * part // parts * unit) for part in range(parts + 1)})
     starts = [range(low, high, micro_batch_size) for low, high in pairwise(cuts)]
     num_micro_batches = sum(len(part) for part in starts)
     num_targets = sum(_num_targets(sample) for sample in samples)

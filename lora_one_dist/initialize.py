@@ -150,6 +150,7 @@ def _decompose(
     if method == "lora":
         A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
+    _refuse_unusable(target, parts, method)
     needed = singular_vectors_needed(method, r)
     overlap = None
     if len(parts) == 2:
@@ -158,13 +159,7 @@ def _decompose(
         overlap = spectral.subspace_overlap(first, second, r)
         parts[0] += parts.pop()
     matrix = parts.pop().to(comm.device())
-    squared_norm = float(matrix.double().square().sum()) if matrix.device.type == "cpu" else float(matrix.norm()) ** 2
-    if not math.isfinite(squared_norm) or squared_norm == 0:
-        raise GradientError(
-            f"{target.name}: its {'weight' if method == 'pissa' else 'gradient'} is "
-            f"{'zero' if squared_norm == 0 else 'not finite'}; no direction can be taken from it. Check the data and "
-            "the model, or leave the layer out of lora.target_modules."
-        )
+    squared_norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     svd = spectral.truncated_svd(matrix, needed, seed, config.init.svd_tolerance)
     if method == "pissa":
         pair = spectral.pissa(svd, r, config.scaling)
@@ -178,10 +173,23 @@ def _decompose(
         "certified_error": svd.error,
         "relative_gap": svd.gap,
         "power_iterations": svd.iterations,
-        "coverage": spectral.coverage(svd.S, squared_norm, COVERAGE_RANKS),
+        "coverage": spectral.coverage(svd.S, squared_norm, tuple(sorted({*COVERAGE_RANKS, r}))),
         "half_overlap": overlap,
     }
     return pair, row
+
+
+def _refuse_unusable(target: Target, parts: Sequence[torch.Tensor], method: str) -> None:
+    fault = None
+    if not all(bool(part.isfinite().all()) for part in parts):
+        fault = "not finite"
+    elif not any(bool(part.any()) for part in parts):
+        fault = "zero"
+    if fault is not None:
+        raise GradientError(
+            f"{target.name}: its {'weight' if method == 'pissa' else 'gradient'} is {fault}; no direction can be taken "
+            "from it. Check the data and the model, or leave the layer out of lora.target_modules."
+        )
 
 
 def _broadcast(layers: Sequence[Target], owners: Sequence[int], own: Pairs, r: int) -> Pairs:

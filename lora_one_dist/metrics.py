@@ -83,10 +83,14 @@ class RunFolder:
             self.board.close()
 
 
+class UsedFolderError(ValueError):
+    """The output folder holds something."""
+
+
 def refuse_used_folder(root: Path) -> None:
-    """Raise ValueError if the folder holds anything: two runs never share one."""
+    """Raise UsedFolderError if the folder holds anything: two runs never share one."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"output_dir = {root}: exists and is not empty. Give another folder, or remove this one.")
+        raise UsedFolderError(f"output_dir = {root}: exists and is not empty. Give another folder, or remove this one.")
 
 
 def describe_run(config: Config, launch: comm.Launch) -> dict[str, Any]:
@@ -101,18 +105,21 @@ def describe_run(config: Config, launch: comm.Launch) -> dict[str, Any]:
         "device": device,
         "launch": launch.source,
         "world_size": launch.world_size,
-        "zero_stage": config.zero_stage,
+        "deepspeed": config.deepspeed_policy(),
     }
 
 
 def _commit() -> str | None:
     """The commit of this checkout, with '+changes' if files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    if head.returncode != 0:
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 class Phases:
@@ -131,9 +138,9 @@ class Phases:
         started = time.monotonic()
         try:
             yield
-        finally:
             if torch.cuda.is_available():
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # not after an error: collectives that peers never join would never end
+        finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_bytes())
 

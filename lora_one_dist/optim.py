@@ -14,7 +14,8 @@ One step, all ranks together:
 5. all_gather      the working copies (bf16 or fp32) go to every rank; the adapters are views of what arrives
 
 Bytes per rank, P adapter parameters: 4 P send buffer, w P working copies (w bytes each), and of the share P /
-world_size 4 received gradient, 4 masters, 8 moments (AdamW).  On the wire per step and rank: 4 P + w P.
+world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; the preconditioner's fp64
+copies take 40 bytes per element of the largest block.  On the wire per step and rank: 4 P + w P.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class LayerShardedOptimizer:
         if not math.isfinite(norm):
             with comm.all_or_none("reducing the adapters' gradients"):
                 self._name_non_finite(grads)
-            raise OptimizerError(f"the gradient's norm is {norm} though every element is finite: it overflows fp32.")
+            raise AssertionError(f"norm {norm}, yet every element is finite: an fp64 norm of fp32 cannot overflow")
         if lr > 0 and not self.checked:
             with comm.all_or_none("checking the first gradient"):
                 self._check_first(grads)
@@ -226,7 +227,8 @@ class LayerShardedOptimizer:
         if self.config.max_grad_norm > 0:
             grads.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))  # 1e-6 as torch.clip_grad_norm_
         self.steps += 1
-        self._update(grads, lr)
+        with comm.all_or_none("updating the adapters"):
+            self._update(grads, lr)
         self.own_working.copy_(self.masters)
         comm.all_gather(self.working, self.own_working.clone())
         self.arrived.clear()

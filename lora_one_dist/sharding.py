@@ -29,6 +29,8 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from lora_one_dist import comm
+
 if not torch.cuda.is_available():
     # deepspeed.init_distributed compiles a C++ shared-memory all-reduce on a CPU (minutes, and a killed build leaves
     # a lock on which every later run waits). gloo serves; deepspeed 0.19 asks this table before it builds.
@@ -37,6 +39,10 @@ if not torch.cuda.is_available():
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be read."""
 
 
 class _UnfilledInit(deepspeed.zero.Init):
@@ -69,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorSource | None]:
     which parallel file systems serve well and maps do not.  The format is fixed: 8 bytes of length, JSON, values.
 
     Raises:
-        ValueError: if the file is cut short or is no safetensors file.
+        WeightsError: if the file is cut short or is no safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -77,10 +83,10 @@ def read_header(path: Path) -> dict[str, TensorSource | None]:
             header = json.loads(file.read(length) if length < MAX_HEADER_BYTES else b"")
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is no safetensors file ({type(error).__name__}). Fetch it again.") from error
+        raise WeightsError(f"{path}: is no safetensors file ({type(error).__name__}). Fetch it again.") from error
     size = path.stat().st_size
     if size != 8 + length + end:
-        raise ValueError(f"{path}: has {size} bytes, its header says {8 + length + end}. Copy or fetch it again.")
+        raise WeightsError(f"{path}: has {size} bytes, its header says {8 + length + end}. Copy or fetch it again.")
     sources: dict[str, TensorSource | None] = {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -158,7 +164,7 @@ def load_slices(
     init = None if ds_config is None else _UnfilledInit(config_dict_or_path=ds_config)
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
     num_parameters = len(list(skeleton.parameters()))
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with comm.all_or_none("reading the base"), contextlib.ExitStack() as stack, torch.no_grad():
         files = {path: stack.enter_context(path.open("rb")) for path in {source.path for source in sources.values()}}
         for prefix, module in skeleton.named_modules():
             for key, meta in list(module.named_parameters(recurse=False)):
@@ -231,7 +237,7 @@ def _read_own(param: Any, source: TensorSource, file: BinaryIO) -> None:
         target = slab if in_place else torch.empty(slab.numel(), dtype=source.dtype)
         view: Any = target.view(torch.uint8).numpy()
         if file.readinto(view) != view.nbytes:  # type: ignore[attr-defined]
-            raise OSError(f"{file.name}: ended early; it changed after its header was read.")
+            raise WeightsError(f"{file.name}: ended early; it changed after its header was read.")
         if not in_place:
             slab.copy_(target)
 

@@ -57,10 +57,11 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
         if comm.rank() == 0:
             metrics.refuse_used_folder(root)
     inputs = _read_inputs(config)
-    record = metrics.RunFolder(root, writes=comm.rank() == 0)
-    record.write_json("run.json", metrics.describe_run(config, launch))
-    if record.writes:
-        (root / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with comm.all_or_none("creating the run folder"):
+        record = metrics.RunFolder(root, writes=comm.rank() == 0)
+        if record.writes:
+            record.write_json("run.json", metrics.describe_run(config, launch))
+            (root / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     _introduce(config, launch, inputs, record)
 
     phases = metrics.Phases()
@@ -117,6 +118,7 @@ def _read_inputs(config: Config) -> _Inputs:
                 held_out = data.tokenize(rows, tokenizer, config.data)
             answered = range(min(config.train.exact_match_samples, len(rows)))
             prompts = data.load_eval_prompts(rows, tokenizer, config.data, answered)
+            _refuse_unmatched(config.train.exact_match_pattern, prompts)
     given = None
     if config.init.adapter is not None:
         with comm.all_or_none("reading the adapter"):
@@ -131,6 +133,15 @@ def _refuse_too_few(config: Config, available: int) -> None:
     for key, count in needed.items():
         if count > available:
             raise data.DataError(f"{key} = {count}: the training data has {available} samples. Lower it or add data.")
+
+
+def _refuse_unmatched(pattern: str | None, prompts: Sequence[tuple[list[int], str]]) -> None:
+    for row, (_, reference) in enumerate(prompts):
+        if not _answer(reference, pattern):
+            raise data.DataError(
+                f"train.exact_match_pattern = {pattern!r}: finds no answer in the completion of evaluation row {row}, "
+                f"{reference!r:.80}. Correct the pattern, or leave it out to compare whole completions."
+            )
 
 
 def _total_steps(config: Config, num_samples: int) -> int:
@@ -154,10 +165,13 @@ def _introduce(config: Config, launch: comm.Launch, inputs: _Inputs, record: met
     record.say(f"{launch.world_size} ranks, {comm.device().type}, launched by {launch.source}")
     record.say(f"base {config.model.path} {config.model.dtype}, {where}; {how}")
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
-    record.say(
-        f"{len(train)} training samples, {train.num_tokens} tokens, {train.num_targets} targets; {train.num_truncated} "
-        f"cut at {config.data.max_length} tokens, {train.num_without_targets} without targets dropped"
-    )
+    for purpose, tokens in (("training", train), ("evaluation", inputs.eval)):
+        if tokens is not None:
+            record.say(
+                f"{len(tokens)} {purpose} samples, {tokens.num_tokens} tokens, {tokens.num_targets} targets; "
+                f"{tokens.num_truncated} cut at {config.data.max_length} tokens, {tokens.num_without_targets} without "
+                "targets dropped"
+            )
     positions = getattr(plan.skeleton.config, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         record.say(f"warning: data.max_length = {config.data.max_length}, but the model was made for {positions}.")
@@ -194,7 +208,10 @@ def _initialise(
     tokens = targets_seen if method in GRADIENT_METHODS else 0  # pissa takes no gradient
     for line in metrics.init_summary(result.rows, tokens, config.lora.r):
         record.say(line)
-    initial = {a.target.name: (a.A.detach().clone(), a.B.detach().clone()) for a in adapters} if compensates else None
+    initial = None  # as set, kept on the host of the one rank that exports
+    if compensates:
+        initial = {a.target.name: (a.A.detach().cpu().clone(), a.B.detach().cpu().clone()) for a in adapters}
+        initial = initial if record.writes else {}
     with comm.all_or_none("writing the initial adapter and its report"):
         if record.writes:
             checkpoint.export(record.root / "adapter_init", config, adapters, targets, initial)
@@ -312,6 +329,8 @@ def _exact_match(base: Base, config: Config, inputs: _Inputs, record: metrics.Ru
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            repetition_penalty=1.0,
             # transformers does not know of our partitioning: ranks that finish early must keep gathering.
             synced_gpus=base.partitioned and comm.world_size() > 1,
         )

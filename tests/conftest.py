@@ -7,7 +7,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts its pool
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on CPU ranks, also on a machine with GPUs
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pytest
 import torch

@@ -238,7 +238,7 @@ BOUNDS = [
     # key, smallest or largest values that pass, values that do not
     ("data.max_length", [2], [1, 2.5, "many", None]),
     ("data.max_train_samples", [1, None], [0]),
-    ("data.max_eval_samples", [1, None], [0]),
+    ("data.max_eval_samples", [None], [0]),
     ("lora.r", [1], [0, -1]),
     ("lora.alpha", [1e-9], [0]),
     ("lora.dropout", [0, 0.999], [-0.1, 1]),
@@ -506,13 +506,15 @@ def test_what_the_run_sets_is_refused_in_the_zero_json(key, here):
         ({"stage": 1}, "zero_optimization.stage = 1, must be 0 or 3. A frozen base has no gradients"),
         ({"stage": 2}, "zero_optimization.stage = 2, must be 0 or 3"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer has no effect"),
-        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_optimization.zero_hpz_partition_size is not supported"),
-        ({"stage": 3, "mics_shard_size": 8}, "zero_optimization.mics_shard_size is not supported"),
-        ({"stage": 3, "zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights is not supported"),
-        ({"stage": 3, "zero_quantized_gradients": True}, "zero_optimization.zero_quantized_gradients is not supported"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_optimization.zero_hpz_partition_size has no effect"),
+        ({"stage": 3, "mics_shard_size": 8}, "zero_optimization.mics_shard_size has no effect"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights has no effect"),
+        ({"stage": 3, "zero_quantized_gradients": True}, "zero_optimization.zero_quantized_gradients has no effect"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights has no effect"),
+        ({"stage": 3, "stage3_prefetch_bucket": 1}, "stage3_prefetch_bucket has no effect"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.device = nvme, must be none or cpu"),
-        ({"stage": 0, "offload_param": {"device": "cpu"}}, "offload_param has no effect at stage 0"),
-        ({"offload_param": {"device": "cpu"}}, "offload_param has no effect at stage 0. Take it out, or use stage 3"),
+        ({"stage": 0, "offload_param": {"device": "cpu"}}, "offload_param has no effect on a frozen base at stage 0"),
+        ({"offload_param": {"device": "cpu"}}, "offload_param has no effect on a frozen base at stage 0"),
     ],
 )
 def test_zero_option_that_cannot_work_is_refused(zero, rule, here):
@@ -521,10 +523,29 @@ def test_zero_option_that_cannot_work_is_refused(zero, rule, here):
     assert rule in problem
 
 
-def test_zero_option_that_is_off_is_accepted(here):
-    off = {"zero_quantized_weights": False, "zero_hpz_partition_size": 0, "offload_param": {"device": "none"}}
-    assert problems(write(valid(), zero_optimization={"stage": 0, **off})) == []
+def test_zero_options_that_act_are_accepted(here):
     assert problems(write(valid(), zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})) == []
+    assert problems(write(valid(), zero_optimization={"stage": 3, "stage3_max_live_parameters": 10})) == []
+
+
+@pytest.mark.parametrize("key", ["steps_per_print", "gradient_cliping", "activation_checkpointing"])
+def test_other_keys_of_the_zero_json_are_refused(key, here):
+    (problem,) = problems(write(valid(), zero_optimization={"stage": 3}, **{key: 1}))
+    assert f"'{key}' has no effect here or is not supported" in problem
+
+
+def test_settings_without_their_data_are_refused(here):
+    (problem,) = problems(valid(data__train="train.jsonl", data__train_split="train[:5]"))
+    assert problem.startswith("data.train_split = train[:5]: has no data set to apply to")
+    without = valid(data__train="train.jsonl", data__max_eval_samples=4)
+    without["data"].pop("eval", None)
+    (problem,) = problems(without)
+    assert problem.startswith("data.max_eval_samples = 4: has no data set to apply to")
+
+
+def test_flash_attention_needs_bf16(here):
+    (problem,) = problems(valid(model__dtype="fp32", model__attn_implementation="flash_attention_2"))
+    assert "needs dtype bf16" in problem
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"])

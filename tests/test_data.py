@@ -444,17 +444,6 @@ def test_a_second_call_and_a_second_process_are_served_from_the_cache(tmp_path, 
     assert cached_files(run())[0][0] != files[0][0]
 
 
-def test_several_processes_give_the_same_tokens_and_the_same_error(tmp_path, tokenizer):
-    rows = [{"prompt": f"q{i}", "completion": "r" * i} for i in range(6)]
-    loaded = load_rows(write(tmp_path / "rows.jsonl", rows), "", None)
-    one, two = (tokenize(loaded, tokenizer, config(max_length=6), num_proc=n) for n in (None, 2))
-    assert one.dataset.to_list() == two.dataset.to_list()
-    assert (one.num_truncated, one.num_tokens) == (two.num_truncated, two.num_tokens) == (3, 33)
-    bad = load_rows(write(tmp_path / "bad.jsonl", [*rows, {"prompt": "q"}]), "", None)
-    with pytest.raises(DataError, match=r"row 6 .* null or missing"):
-        tokenize(bad, tokenizer, config(), num_proc=2)
-
-
 # ---------------------------------------------------------------- evaluation prompts
 
 
@@ -539,9 +528,9 @@ def test_collate_pads_on_the_right():
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
     weightless = collate(samples, pad_token_id=9, weightless=True)
-    assert weightless["labels"].tolist() == [[-100] * 3] * 2
-    assert torch.equal(weightless["input_ids"], batch["input_ids"])
-    assert torch.equal(weightless["attention_mask"], batch["attention_mask"])
+    assert weightless["labels"].tolist() == [[-100, -100]]
+    assert weightless["input_ids"].tolist() == [[5, 6]], "two tokens: enough to join the collectives"
+    assert weightless["attention_mask"].tolist() == [[1, 1]]
 
 
 def test_collate_takes_rows_of_the_data(tokenizer):

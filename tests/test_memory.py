@@ -73,8 +73,8 @@ def load_and_differentiate(folder: Path, groups: int, parts: int, buffer: str):
     terms = gradient.peak_terms(shape, layers, owned, parts)
     held = [p.ds_tensor for p in parameters] + [p.data for p in parameters] + list(base.module.buffers())
     with TensorBytes(held) as counted:
-        results = [gradient.full_gradient(base, layers, owners, part, buffer)[0] for part in batch]
-    assert len(results) == parts
+        kept = [gradient.full_gradient(base, layers, owners, part, buffer)[0] for part in batch]  # until the SVDs
+    del kept
     return load_peak, shard, counted.peak, terms
 
 

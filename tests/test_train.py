@@ -268,3 +268,58 @@ def test_data_that_one_rank_cannot_read_stops_all(model_folder, tmp_path):
     for message in run_ranks(2, one_rank_cannot_read, raw, init=False):
         assert message.startswith("rank 1 on")
         assert message.endswith("stale file handle")
+
+
+def one_rank_fails(raw, module, function):
+    """Runs on a rank: ``module.function`` raises on rank 1 alone; the error that this rank ends with."""
+    import importlib
+
+    from lora_one_dist import train as story
+
+    if os.environ["RANK"] == "1":
+
+        def broken(*_args, **_kwargs):
+            raise OSError("stale file handle")
+
+        setattr(importlib.import_module(f"lora_one_dist.{module}"), function, broken)
+    try:
+        story.run(parse_config(raw))
+    except comm.RankError as error:
+        return str(error)
+    return "ran"
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "doing"),
+    [
+        ("sharding", "_read_own", "reading the base"),
+        ("spectral", "truncated_svd", "initialising adapters"),
+        ("optim", "_solve_damped", "updating the adapters"),
+    ],
+)
+def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing, model_folder, tmp_path):
+    raw = settings(model_folder("llama"), tmp_path / "run")
+    for message in run_ranks(2, one_rank_fails, raw, module, function, init=False):
+        assert message.startswith("rank 1 on")
+        assert f"failed while {doing}: OSError: stale file handle" in message
+
+
+def test_pattern_that_finds_no_answer_is_refused(model_folder, tmp_path):
+    raw = settings(model_folder("llama"), tmp_path / "run", train__exact_match_samples=3)
+    raw["train"]["exact_match_pattern"] = "answer is (.*)"
+    for message in run_ranks(1, refused, raw, init=False):
+        assert "finds no answer in the completion of evaluation row 0" in message
+
+
+def test_micro_batch_mean_does_not_depend_on_the_halves(model_folder, tmp_path):
+    folder = model_folder("llama")
+    losses = []
+    for halves in (True, False):
+        out = tmp_path / str(halves)
+        raw = settings(folder, out, init__average="micro_batch", init__halves=halves, train__max_steps=0)
+        raw["train"]["micro_batch_size"] = 3
+        run_ranks(2, train, raw, init=False)
+        report = json.loads((out / "init_report.json").read_text())
+        losses.append(report["loss_before"])
+        assert (report["layers"][0]["half_overlap"] is not None) == halves
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)

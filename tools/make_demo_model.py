@@ -2,9 +2,10 @@
 
 Enters: a seed and a step count; the word lists and prompts of make_demo_data.py.
 Leaves: <out>/ as a Hugging Face model folder (config, safetensors weights, tokenizer.model, tokenizer.json).
-The corpus is drawn on the fly and has three parts: bare sums ("23 + 14 = 37."), statements about people and objects
-("Mia has 17 marbles. Leo buys 5 pens."), and reading questions about such statements ("Who has 17 marbles?").
-A worded arithmetic problem with its worked answer is never part of it: that is what fine-tuning is to teach.
+The corpus is drawn on the fly and has three parts: bare sums ("23 + 14 = 37."), some after the same sum said in words
+("Add 23 and 14."); statements about people and objects ("Mia has 17 marbles. Leo buys 5 pens."); and reading questions
+about such statements ("Who has 17 marbles?"), whose answer stands in the passage.
+A story whose answer is to be worked out is never part of it: that is what fine-tuning is to teach.
 
 Remake (about 30 minutes on one core): python tools/make_demo_model.py --seed 0 --steps 6000 --out launch/demo/model
 """
@@ -94,7 +95,7 @@ OTHER_FACTS = (
 )
 
 
-# A sum said in words, without a story; {c} is the second term of a second sum that starts from the result of the first.
+# Sums said in words, without a story; the second sum of a line starts from the result of the first.
 COMMANDS = {
     "+": ("Add {a} and {b}", "What is {a} plus {b}"),
     "-": ("Subtract {b} from {a}", "What is {a} minus {b}"),
@@ -119,8 +120,11 @@ def write_sum(a: int, sign: str, b: int) -> str:
 
 
 def draw_drills(rng: random.Random) -> str:
-    """Lines of one sum, or of two where the second starts from the result of the first; some are said in words before."""
-    lines, spoken = [], rng.random() < 0.4
+    """Lines of one sum, or of two where the second starts from the result of the first.
+
+    In half of the drills every line follows the same sums said in words.
+    """
+    lines, spoken = [], rng.random() < 0.5
     for _ in range(rng.randint(3, 6)):
         a, sign, b = draw_sum(rng)
         line, command, result = write_sum(a, sign, b), rng.choice(COMMANDS[sign]), compute(a, sign, b)
@@ -219,7 +223,8 @@ def make_tokenizer(seed: int, out: Path) -> PreTrainedTokenizerFast:
     tokenizer.save_pretrained(out)
     for text in texts[::40]:
         ids = tokenizer.encode(text)
-        assert ids == [1, *pieces.encode(text)] and tokenizer.decode(ids, skip_special_tokens=True) == text, text
+        assert ids == [tokenizer.bos_token_id, *pieces.encode(text)], text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text, text
     return tokenizer
 
 
@@ -230,7 +235,7 @@ def draw_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterato
         for _ in range(ROWS):
             row: list[int] = []
             while len(row) < ROW_LENGTH:
-                row += tokenizer.encode(draw_document(rng)) + [tokenizer.eos_token_id]
+                row += [*tokenizer.encode(draw_document(rng)), tokenizer.eos_token_id]
             rows.append(row[:ROW_LENGTH])
         yield torch.tensor(rows)
 
@@ -246,7 +251,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=256,
             tie_word_embeddings=False,
-            rope_theta=10000.0,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -318,7 +322,8 @@ def main() -> None:
 
     rng = random.Random(args.seed + 2)
     sums = [write_sum(*draw_sum(rng)).partition("=") for _ in range(500)]
-    readings = [draw_reading(rng).rpartition("\n") for _ in range(500)]
+    # Only after a first question is it known whether an answer opens with "The answer is".
+    readings = [t.rpartition("\n") for t in (draw_reading(rng) for _ in range(500)) if t.count("\n") > 1]
     for name, texts in (("sums", sums), ("reading questions", readings)):
         print(name, "right:", exact_share(model, tokenizer, [(given + mark, answer) for given, mark, answer in texts]))
 
