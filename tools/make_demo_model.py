@@ -261,7 +261,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int) -> None:
     """Next-token training with a linear warm-up and a cosine decay to zero.
 
-    Muon takes the matrices of the layers: after 1000 steps 98 % of the sums were right, with AdamW alone 62 %.
+    Muon takes the matrices of the layers: in a trial of 1000 steps on an earlier corpus it had 98 % of the sums right,
+    AdamW alone 62 %.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [
