@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,7 +245,7 @@ def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
     return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
 
 
-def batch_loss(base: Base, micro_batches: Iterator[MicroBatch] | Sequence[MicroBatch]) -> float:
+def batch_loss(base: Base, micro_batches: Sequence[MicroBatch]) -> float:
     """Weighted loss over all ranks' micro-batches, train mode with dropout off, no gradient.  Collective."""
     loss = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), dropout_off(base.module):
