@@ -1,6 +1,6 @@
 # make demo       install, then fine-tune the small embedded model on all local GPUs, or on 2 CPU ranks
 # make test       the suite, without what takes long
-# make test-full  all of it
+# make test-full  all of it; with SLURM, pdsh, sshd and Open MPI installed and as root, on four hosts too
 # make lint       style, import rules and types
 
 PYTHON ?= python3

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
 
 from lora_one_dist.config import ConfigError, load_config
 
-EXIT_BAD_CONFIG, EXIT_FAILED = 2, 1
+EXIT_BAD_CONFIG = 2
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
 
 
@@ -43,18 +41,18 @@ def main() -> int:
         if is_first:
             print(config.to_yaml(), end="")
         return 0
-    from lora_one_dist import train  # imports torch and deepspeed: seconds that a bad config need not wait for
+    # c10d's warnings of addresses without names bury the job's own messages. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from lora_one_dist import comm  # imports torch: seconds that a bad config need not wait for
 
     try:
+        comm.init(config.comm)
+        from lora_one_dist import train  # slow and large: from here on a failure reaches all ranks
+
         train.run(config)
+        comm.shutdown()
     except Exception as error:
-        if error.__cause__ is None and type(error).__name__ == "RankError" and not is_first:
-            os._exit(EXIT_FAILED)  # another rank's failure: that rank and the first one tell it
-        print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} stopped: {error}", file=sys.stderr)
-        if not all(type(e).__module__.startswith("lora_one_dist") for e in (error, error.__cause__ or error)):
-            traceback.print_exc()  # ours say everything in their message; of the others one wants to know where
-        sys.stderr.flush()
-        os._exit(EXIT_FAILED)  # peers may wait for this rank inside a collective: leave at once, the launcher ends them
+        comm.fail(error)
     # Everything is written and closed. The interpreter's own teardown of gloo's and Arrow's threads now and then aborts
     # a finished process ("terminate called without an active exception"), which launchers report as a failed job.
     sys.stdout.flush()

@@ -215,6 +215,31 @@ class DeepSpeedConfig(_Group):
 
     config: str = "ds_configs/zero3.json"
     """DeepSpeed JSON with the memory policy only: ZeRO stage 0 (replicated) or 3 (partitioned), offload, buckets."""
+    shard_group: Literal["world", "node"] = "world"
+    """Ranks that share one copy of the base (stage 3). world: all, least memory. node: those of a host, so that only
+    adapters cross the network in training; take it wherever one node can hold the base."""
+
+    def policy(self) -> dict[str, Any]:
+        """The content of the JSON (memory policy only)."""
+        return json.loads(Path(self.config).read_text(encoding="utf-8"))
+
+    @property
+    def stage(self) -> int:
+        """0: every rank holds the base; 3: the base is partitioned."""
+        return int(self.policy().get("zero_optimization", {}).get("stage", 0))
+
+
+class CommConfig(_Group):
+    """How long ranks wait for each other."""
+
+    rendezvous_seconds: float = Field(300.0, ge=5)
+    """Seconds for all ranks to arrive at the start, at least 5; slow file systems make late ranks."""
+    init_timeout_seconds: float = Field(7200.0, ge=30)
+    """Time-out of a collective while loading and initialising, at least 30."""
+    timeout_seconds: float = Field(1800.0, ge=30)
+    """Time-out of a collective while training, at least 30."""
+    lost_after_seconds: float = Field(20.0, ge=4, le=50)
+    """Seconds without an answer of a host's network after which it counts as lost and the job ends, 4 to 50."""
 
 
 class Config(_Group):
@@ -227,6 +252,7 @@ class Config(_Group):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    comm: CommConfig = CommConfig()
     output_dir: str
     """Folder of the run: created, and refused if it holds anything."""
 
@@ -239,15 +265,6 @@ class Config(_Group):
     def scaling(self) -> float:
         """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
         return self.lora.alpha / (self.lora.r**0.5 if self.lora.use_rslora else self.lora.r)
-
-    def deepspeed_policy(self) -> dict[str, Any]:
-        """The content of the ZeRO JSON (memory policy only)."""
-        return json.loads(Path(self.deepspeed.config).read_text(encoding="utf-8"))
-
-    @property
-    def zero_stage(self) -> int:
-        """0: every rank holds the base; 3: the base is partitioned."""
-        return int(self.deepspeed_policy().get("zero_optimization", {}).get("stage", 0))
 
     def to_yaml(self) -> str:
         """The resolved config, defaults included, as YAML that :func:`load_config` reads back."""
@@ -542,6 +559,11 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
         yield (
             f"deepspeed.config = {path}: zero_optimization.stage = {stage!r}, must be 0 or 3. A frozen base has no "
             "gradients or moments for stages 1 and 2 to partition: 0 takes the same memory, 3 less."
+        )
+    if stage == 0 and deepspeed.shard_group != "world":
+        yield (
+            f"deepspeed.shard_group = {deepspeed.shard_group}: has no effect at stage 0, where every rank holds the "
+            "base. Leave it out, or give a stage 3 JSON."
         )
     for key in sorted(set(policy) - {"zero_optimization", *DEEPSPEED_KEYS_SET_BY_CODE}):
         yield f"deepspeed.config = {path}: {key!r} has no effect here or is not supported. Take it out."

@@ -211,7 +211,9 @@ def _broadcast(layers: Sequence[Target], owners: Sequence[int], own: Pairs, r: i
     return pairs
 
 
-def set_adapters(adapters: Sequence[Adapter], pairs: Pairs, scaling: float, compensate: bool) -> dict[str, float]:
+def set_adapters(
+    base: Base, adapters: Sequence[Adapter], pairs: Pairs, scaling: float, compensate: bool
+) -> dict[str, float]:
     """Write the pairs into the adapters and, to ``compensate``, ``W <- W - s B0 A0``.  Collective.
 
     The base is compensated with A0 and B0 as rounded to the working dtype, so that the start is exact up to the
@@ -231,8 +233,8 @@ def set_adapters(adapters: Sequence[Adapter], pairs: Pairs, scaling: float, comp
             norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
     if not compensate:
         return {}
-    if hasattr(adapters[0].weight, "ds_tensor"):  # each rank rounded its own slice
-        comm.all_sum(squared_errors)
+    comm.all_sum(squared_errors)
+    squared_errors /= base.copies  # each rank rounded what it holds of one of them
     return {
         adapter.target.name: math.sqrt(squared_error) / norm
         for adapter, squared_error, norm in zip(adapters, squared_errors.tolist(), norms, strict=True)

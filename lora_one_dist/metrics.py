@@ -105,7 +105,7 @@ def describe_run(config: Config, launch: comm.Launch) -> dict[str, Any]:
         "device": device,
         "launch": launch.source,
         "world_size": launch.world_size,
-        "deepspeed": config.deepspeed_policy(),
+        "deepspeed": config.deepspeed.policy(),
     }
 
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_one_dist import comm, sharding
-from lora_one_dist.config import LoraConfig, ModelConfig
+from lora_one_dist.config import DeepSpeedConfig, LoraConfig, ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ADAPTER = "default"  # PEFT's name of the one adapter
@@ -227,46 +227,37 @@ def tensor_sources(folder: Path, model: Any) -> dict[str, sharding.TensorSource]
     return None if extra else wanted
 
 
+def check_loadable(planned: Plan, shard_group: str) -> None:
+    """Raise ModelError if the base cannot be sharded inside each host, as the config asks.  Pure."""
+    if planned.sources is None and shard_group == "node":
+        raise ModelError(
+            "deepspeed.shard_group = node: needs tensors that can be read one by one, but the names or shapes in "
+            f"{planned.folder} do not match the model's one to one (fused or renamed weights), and from_pretrained "
+            "reads on global rank 0 only. Use shard_group: world, or save the model under its own names."
+        )
+
+
 def load(
     config: ModelConfig,
+    deepspeed: DeepSpeedConfig,
     planned: Plan,
-    policy: dict[str, Any],
     micro_batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> sharding.Base:
     """Load the frozen base: by slices where names map one to one, else by ``from_pretrained``.  Collective.
 
     Args:
-        policy: the ZeRO JSON.  progress: told how many tensors of how many are done.
+        progress: told how many tensors of how many are done.
     """
-    stage = policy.get("zero_optimization", {}).get("stage", 0)
     ds_config = None
-    if stage == 3:
+    if deepspeed.stage == 3:
         sharding.start_deepspeed()
-        ds_config = sharding.deepspeed_config(policy, config.dtype, micro_batch_size)
+        ds_config = sharding.deepspeed_config(deepspeed.policy(), config.dtype, micro_batch_size)
     if planned.sources is not None:
-        base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config, progress)
+        group = deepspeed.shard_group
+        base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config, group, progress)
     else:
-
-        def build() -> nn.Module:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                planned.folder,
-                dtype=DTYPES[config.dtype],
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            model, report = loaded
-            lacking = sorted(report["missing_keys"])
-            if lacking:  # transformers fills them with random values and a warning
-                raise ModelError(
-                    f"model.path = {config.path}: its files hold no values for {len(lacking)} tensors, e.g. "
-                    f"{lacking[0]}. Give a complete checkpoint of the causal language model."
-                )
-            return model if stage == 3 else model.to(comm.device())
-
-        base = sharding.load_pretrained(build, ds_config)
+        base = sharding.load_pretrained(lambda: _from_pretrained(config, planned.folder, ds_config is None), ds_config)
     base.module.config.use_cache = False
     if config.gradient_checkpointing != "none":
         reentrant = config.gradient_checkpointing == "reentrant"
@@ -290,6 +281,25 @@ def loss_sum(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten().to(device)
     targets = labels != -100  # fp32 copies of target tokens' logits only: a vocabulary of 128k is 0.5 MB a token
     return nn.functional.cross_entropy(logits.flatten(0, 1)[targets].float(), labels[targets], reduction="sum")
+
+
+def _from_pretrained(config: ModelConfig, folder: Path, whole: bool) -> nn.Module:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[config.dtype],
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    lacking = sorted(report["missing_keys"])
+    if lacking:  # transformers fills them with random values and a warning
+        raise ModelError(
+            f"model.path = {config.path}: its files hold no values for {len(lacking)} tensors, e.g. {lacking[0]}. "
+            "Give a complete checkpoint of the causal language model."
+        )
+    return model.to(comm.device()) if whole else model
 
 
 @contextlib.contextmanager

@@ -8,14 +8,16 @@ owner alone keeps fp32 masters and moments.
 One step, all ranks together:
 
 1. accumulate      during backward each gradient is added to its place in one flat fp32 send buffer, ordered by owner
-2. reduce_scatter  the sum over ranks of each owner's part arrives at the owner
-3. clip            one all-reduce of a scalar: the raw gradient's global norm
+2. reduce_scatter  the sum over ranks of each owner's part arrives at the owner, in a fixed order of adding
+3. clip            one number from each rank: the raw gradient's global norm
 4. update          the owner preconditions and takes the step on its masters
 5. all_gather      the working copies (bf16 or fp32) go to every rank; the adapters are views of what arrives
 
 Bytes per rank, P adapter parameters: 4 P send buffer, w P working copies (w bytes each), and of the share P /
-world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; the preconditioner's fp64
-copies take 40 bytes per element of the largest block.  On the wire per step and rank: 4 P + w P.
+world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; step 2 takes 4 P / L for a
+moment on L ranks a host, the preconditioner's fp64 copies 40 bytes per element of the largest block.  Steps 2 and 5 go
+inside the host first (:mod:`comm`): of H hosts each sends (4 P + w P) (H - 1) / H bytes a step to the others, whatever
+its number of ranks.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ class Block:
     """The k targets of one shape that one rank owns: their A side by side in the flat buffers, then their B."""
 
     owner: int
+    """Slot of the owner rank (:func:`comm.slot`)."""
     targets: tuple[int, ...]
     m: int
     n: int
@@ -181,7 +184,7 @@ class LayerShardedOptimizer:
                 working.copy_(parameter.detach())
                 parameter.data = working
                 parameter.register_post_accumulate_grad_hook(self._accumulate(i, side, send))
-        own = slice(comm.rank() * self.layout.share, (comm.rank() + 1) * self.layout.share)
+        own = slice(comm.slot() * self.layout.share, (comm.slot() + 1) * self.layout.share)
         self.own_working = self.working[own]
         self.masters = self.own_working.float()
         adamw = config.name == "adamw"
@@ -236,10 +239,11 @@ class LayerShardedOptimizer:
 
     @staticmethod
     def _global_norm(grads: torch.Tensor) -> float:
-        return math.sqrt(float(comm.all_sum(torch.linalg.vector_norm(grads, dtype=torch.float64).square())))
+        squares = comm.all_gather_floats(float(torch.linalg.vector_norm(grads, dtype=torch.float64)) ** 2)
+        return math.sqrt(math.fsum(squares))  # exact: who owns what must not change the last bit
 
     def _own_blocks(self) -> Iterator[Block]:
-        return (block for block in self.layout.blocks if block.owner == comm.rank())
+        return (block for block in self.layout.blocks if block.owner == comm.slot())
 
     def _update(self, grads: torch.Tensor, lr: float) -> None:
         config = self.config

@@ -101,6 +101,8 @@ class Base:
     """The frozen model, and the DeepSpeed engine that partitions it (None under stage 0)."""
 
     module: Any
+    copies: int
+    """How often the ranks together hold the base: once, once a host, or once a rank."""
     engine: Any = None
 
     @property
@@ -150,6 +152,7 @@ def load_slices(
     sources: Mapping[str, TensorSource],
     device: torch.device,
     ds_config: dict | None,
+    shard_group: str,
     progress: Callable[[int, int], None],
 ) -> Base:
     """Give each rank its own slice (stage 3) or all (``ds_config`` None) of every tensor, read from the files.
@@ -159,9 +162,12 @@ def load_slices(
     Args:
         skeleton: model with parameters on the meta device and real buffers.
         sources: where each tensor's values lie, by name.
+        shard_group: under stage 3, ``world`` or ``node``: the ranks that share one copy of the base.
         progress: told how many tensors of how many are done.
     """
-    init = None if ds_config is None else _UnfilledInit(config_dict_or_path=ds_config)
+    init = None
+    if ds_config is not None:
+        init = _UnfilledInit(config_dict_or_path=ds_config, data_parallel_group=comm.shard_group(shard_group))
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
     num_parameters = len(list(skeleton.parameters()))
     with comm.all_or_none("reading the base"), contextlib.ExitStack() as stack, torch.no_grad():
@@ -184,7 +190,9 @@ def load_slices(
         for name, buffer in skeleton.named_buffers():
             if name in sources:
                 _read_own(buffer, sources[name], files[sources[name].path])
-    return Base(skeleton) if ds_config is None else _initialize(skeleton, ds_config)
+    if ds_config is None:
+        return Base(skeleton, copies=comm.world_size())
+    return _initialize(skeleton, ds_config, comm.num_hosts() if shard_group == "node" else 1)
 
 
 def load_pretrained(build: Callable[[], nn.Module], ds_config: dict | None) -> Base:
@@ -193,16 +201,16 @@ def load_pretrained(build: Callable[[], nn.Module], ds_config: dict | None) -> B
     Under stage 3 global rank 0 reads the whole model into host memory and broadcasts it, a tensor at a time.
     """
     if ds_config is None:
-        return Base(build().requires_grad_(False))
+        return Base(build().requires_grad_(False), copies=comm.world_size())
     keep_alive = HfDeepSpeedConfig(ds_config)  # from_pretrained finds it by weak reference
-    base = _initialize(build(), ds_config)
+    base = _initialize(build(), ds_config, copies=1)
     del keep_alive
     return base
 
 
-def _initialize(model: nn.Module, ds_config: dict[str, Any]) -> Base:
+def _initialize(model: nn.Module, ds_config: dict[str, Any], copies: int) -> Base:
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
-    return Base(engine.module, engine)
+    return Base(engine.module, copies, engine)
 
 
 def _own_range(param: Any) -> tuple[torch.Tensor, int]:

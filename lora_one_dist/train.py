@@ -30,28 +30,13 @@ class TrainError(RuntimeError):
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run a config to its end.  Collective.  Returns the summary that the run folder holds as summary.json."""
-    launch = comm.init()
+    """Run a config to its end.  Collective, between ``comm.init`` and ``comm.shutdown``.
+
+    Returns:
+        The summary that the run folder holds as summary.json.
+    """
     if comm.rank() != 0:
         disable_progress_bars()
-    summary = _run(config, launch)
-    comm.shutdown()  # not after an error: peers may be inside a collective, and leaving the group would wait for them
-    return summary
-
-
-@dataclass
-class _Inputs:
-    """What is read before any weight."""
-
-    plan: model.Plan
-    tokenizer: Any
-    train: data.TokenData
-    eval: data.TokenData | None
-    prompts: list[tuple[list[int], str]]
-    given: initialize.Pairs | None
-
-
-def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
     root = Path(config.output_dir)
     with comm.all_or_none("checking the output folder"):
         if comm.rank() == 0:
@@ -60,14 +45,14 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
     with comm.all_or_none("creating the run folder"):
         record = metrics.RunFolder(root, writes=comm.rank() == 0)
         if record.writes:
-            record.write_json("run.json", metrics.describe_run(config, launch))
+            record.write_json("run.json", metrics.describe_run(config, comm.launch()))
             (root / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    _introduce(config, launch, inputs, record)
+    _introduce(config, inputs, record)
 
     phases = metrics.Phases()
     with phases("load"):
-        policy, size = config.deepspeed_policy(), config.train.micro_batch_size
-        base = model.load(config.model, inputs.plan, policy, size, partial(record.progress, "load, tensors"))
+        progress = partial(record.progress, "load, tensors")
+        base = model.load(config.model, config.deepspeed, inputs.plan, config.train.micro_batch_size, progress)
     torch.manual_seed(spectral.seed_of(config.train.seed, "dropout", comm.rank()) % 2**63)
 
     before: dict[str, Any] = {}
@@ -78,6 +63,7 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
     adapters, initial = _initialise(base, config, inputs, record, phases)
     after = before
     if config.train.max_steps != 0:
+        comm.set_timeout(config.comm.timeout_seconds)
         with phases("train"):
             steps = _train(base, adapters, config, inputs, record)
         with phases("evaluate after"):
@@ -93,12 +79,25 @@ def _run(config: Config, launch: comm.Launch) -> dict[str, Any]:
     return summary
 
 
+@dataclass
+class _Inputs:
+    """What is read before any weight."""
+
+    plan: model.Plan
+    tokenizer: Any
+    train: data.TokenData
+    eval: data.TokenData | None
+    prompts: list[tuple[list[int], str]]
+    given: initialize.Pairs | None
+
+
 def _read_inputs(config: Config) -> _Inputs:
     """Everything that can be refused without a weight: model plan, tokenizer, data, given adapter."""
     folder = model.local_folder(config.model.path, config.model.trust_remote_code)
     with comm.all_or_none("checking the model"):
         needed = initialize.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
         plan = model.plan(folder, config.model, config.lora, needed)
+        model.check_loadable(plan, config.deepspeed.shard_group)
         tokenizer = data.load_tokenizer(str(folder), config.model.trust_remote_code)
         model.check_tokenizer(plan.skeleton, tokenizer)
     with comm.all_or_none("reading the data"):
@@ -158,11 +157,14 @@ def _refuse_long_warmup(config: Config, num_samples: int) -> None:
         )
 
 
-def _introduce(config: Config, launch: comm.Launch, inputs: _Inputs, record: metrics.RunFolder) -> None:
+def _introduce(config: Config, inputs: _Inputs, record: metrics.RunFolder) -> None:
     plan, train = inputs.plan, inputs.train
-    where = "partitioned over the ranks (ZeRO-3)" if config.zero_stage == 3 else "on every rank (stage 0)"
+    shared_by = "the ranks" if config.deepspeed.shard_group == "world" else "the ranks of each host"
+    where = f"partitioned over {shared_by} (ZeRO-3)" if config.deepspeed.stage == 3 else "on every rank (stage 0)"
     how = "each rank reads its own slices" if plan.sources is not None else "from_pretrained: tensor names differ"
-    record.say(f"{launch.world_size} ranks, {comm.device().type}, launched by {launch.source}")
+    launch, hosts = comm.launch(), comm.num_hosts()
+    on = "1 host" if hosts == 1 else f"{hosts} hosts"
+    record.say(f"{launch.world_size} ranks on {on}, {comm.device().type}, launched by {launch.source}")
     record.say(f"base {config.model.path} {config.model.dtype}, {where}; {how}")
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     for purpose, tokens in (("training", train), ("evaluation", inputs.eval)):
@@ -197,7 +199,7 @@ def _initialise(
         description = model.peft_config(config.lora, targets, config.model.path)
         adapters = model.inject_adapters(base, description, targets, config.model.dtype)
         compensates = inputs.given is None and method in COMPENSATED_METHODS
-        lost = initialize.set_adapters(adapters, result.pairs, config.scaling, compensates)
+        lost = initialize.set_adapters(base, adapters, result.pairs, config.scaling, compensates)
         after = initialize.batch_loss(base, whole)
     record.say(f"loss of the init batch: {before:.6f} before, {after:.6f} with the adapters set")
     if inputs.given is None:

@@ -9,10 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on CPU ranks, also on a machine with GPUs
 os.environ["DS_ACCELERATOR"] = "cpu"
+# torch asks for the name of every address that connects (pytorch/pytorch#159007); a lost answer costs the time-out.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 import pytest
 import torch
 
+from tests import hosts as four_hosts
 from tests import models
 
 torch.set_num_threads(1)
@@ -28,3 +31,35 @@ def model_folder(tmp_path_factory):
         return path if path.exists() else models.save(kind, path)
 
     return folder
+
+
+def _hosts(folder):
+    reason = four_hosts.unavailable()
+    if reason is not None:
+        (pytest.fail if os.environ.get("CLUSTER_TESTS") == "required" else pytest.skip)(f"four hosts: {reason}")
+    return four_hosts.Hosts(folder)
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory):
+    """Four hosts with SLURM for the whole session; leave them whole."""
+    with _hosts(tmp_path_factory.mktemp("hosts")) as made:
+        made.start_slurm()
+        yield made
+
+
+@pytest.fixture
+def fresh_hosts(tmp_path):
+    """Four hosts of one test, to break."""
+    with _hosts(tmp_path / "hosts") as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _same_environment_after():
+    """``comm.init`` sets the launch variables: a test that calls it in this process must not leave them to others."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)

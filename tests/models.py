@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+
+from lora_one_dist.config import DeepSpeedConfig
 
 VOCABULARY = 64
 
@@ -84,6 +88,15 @@ def save(kind: str, folder: Path, shard_size: str = "20KB") -> Path:
     MODELS[kind]().save_pretrained(folder, max_shard_size=shard_size)
     tokenizer(kind).save_pretrained(folder)
     return folder
+
+
+def deepspeed_config(name: str, shard_group: str = "world", **zero: object) -> DeepSpeedConfig:
+    """One of ds_configs/, with more settings of its zero_optimization."""
+    policy = json.loads(Path(f"ds_configs/{name}.json").read_text())
+    policy["zero_optimization"] |= zero
+    path = Path(tempfile.mkdtemp()) / f"{name}.json"
+    path.write_text(json.dumps(policy))
+    return DeepSpeedConfig(config=str(path), shard_group=shard_group)
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/planted_errors.py [name ...]
 
-Prints a line per error; exits 1 if any went unnoticed.  About three minutes on two cores.
+Prints a line per error; exits 1 if any went unnoticed.  About seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -161,6 +161,209 @@ ERRORS = [
         (("    if gathered and ", "    if False and "),),
         "test_initialize.py",
         "base_and_loss and lora_ga",
+    ),
+    Planted(
+        "sums over ranks in torch's order",
+        "comm.py",
+        (("    while len(rows) > 1:\n", "    return rows.sum(0)\n    while len(rows) > 1:\n"),),
+        "test_comm.py",
+        "tree_sum or same_bits",
+    ),
+    Planted(
+        "slots counted host by host",
+        "comm.py",
+        (
+            (
+                "topology.inner.index(rank()) * len(topology.outer) + topology.outer.index(rank())",
+                "topology.outer.index(rank()) * len(topology.inner) + topology.inner.index(rank())",
+            ),
+        ),
+        "test_comm.py",
+        "naive_sum",
+    ),
+    Planted(
+        "the gather inside the host before the one between hosts",
+        "comm.py",
+        (
+            ("len(topology.outer) * own.numel()", "len(topology.inner) * own.numel()"),
+            ("_all_gather(of_place, own, topology.outer)", "_all_gather(of_place, own, topology.inner)"),
+            ("_all_gather(receive, of_place, topology.inner)", "_all_gather(receive, of_place, topology.outer)"),
+        ),
+        "test_comm.py",
+        "naive_sum",
+    ),
+    Planted(
+        "hosts of unequal numbers taken for equal",
+        "comm.py",
+        (("    if len({len(ranks) for ranks in hosts}) > 1:\n", "    if False:\n"),),
+        "test_comm.py",
+        "topology",
+    ),
+    Planted(
+        "a group that a rank lacks taken for all ranks",
+        "comm.py",
+        (
+            (
+                "dist.group.WORLD if len(ranks) == world_size() else _get_state().groups[ranks]",
+                "_get_state().groups.get(ranks, dist.group.WORLD)",
+            ),
+            ("    if len(ranks) > 1:\n        dist.all_reduce", "    if True:\n        dist.all_reduce"),
+        ),
+        "test_comm.py",
+        "naive_sum",
+    ),
+    Planted(
+        "the hosts' groups keep the long time-out",
+        "comm.py",
+        (("(None, *(_state.groups.values() if _state else ()))", "(None,)"),),
+        "test_comm.py",
+        "own_time",
+    ),
+    Planted(
+        "an agreed failure reported by who is first",
+        "comm.py",
+        (
+            (
+                "    if isinstance(error, RankError):\n        return error.__cause__ is None",
+                "    if False:\n        return",
+            ),
+        ),
+        "test_comm.py",
+        "failure_is_told and agreed",
+    ),
+    Planted(
+        "rank 0's loss told by first ranks of hosts alone",
+        "comm.py",
+        (("own == first_left", "_state.launch.local_rank == 0"),),
+        "test_comm.py",
+        "loss_of_rank_0",
+    ),
+    Planted(
+        "a signal taken for the cause",
+        "watch.py",
+        (("        if weak:\n", "        if False:\n"),),
+        "test_watch.py",
+        "hide",
+    ),
+    Planted(
+        "a symptom told at once",
+        "watch.py",
+        (("        if symptom and ", "        if False and "),),
+        "test_watch.py",
+        "symptom",
+    ),
+    Planted(
+        "those lost with a rank not waited for",
+        "watch.py",
+        (
+            (
+                "                self.judge_at = min(self.judge_at, time.monotonic() + SETTLE_SECONDS)\n",
+                "                self.judge_at = time.monotonic()\n",
+            ),
+        ),
+        "test_watch.py",
+        "lost_soon_after",
+    ),
+    Planted(
+        "a forked child's signals taken for its parent's",
+        "watch.py",
+        (("            os.register_at_fork(after_in_child=self._forget_signals)\n", ""),),
+        "test_watch.py",
+        "forked",
+    ),
+    Planted(
+        "signals seen between collectives only",
+        "watch.py",
+        (
+            ("            signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)\n", ""),
+            ("lambda *_: None)\n", "lambda number, _: self.wake.send(bytes([number])))\n"),
+        ),
+        "test_watch.py",
+        "signal",
+    ),
+    Planted(
+        "a stranger's words end the watch",
+        "watch.py",
+        (("except (ValueError, TypeError, AttributeError, RecursionError):", "except ValueError:"),),
+        "test_watch.py",
+        "stranger",
+    ),
+    Planted(
+        "a stranger's token not looked at",
+        "watch.py",
+        (('if not secrets.compare_digest(str(message.get("token")), self.token):', "if False:"),),
+        "test_watch.py",
+        "stranger",
+    ),
+    Planted(
+        "rank 0 leaves without a word",
+        "watch.py",
+        (('                line.send({"over": True})\n', "                pass\n"),),
+        "test_watch.py",
+        "leaving",
+    ),
+    Planted(
+        "the others leave without a word",
+        "watch.py",
+        (('                self.hub.send({"left": True})\n', "                pass\n"),),
+        "test_watch.py",
+        "leaving",
+    ),
+    Planted(
+        "a launcher's end not looked for",
+        "watch.py",
+        (("if self.parent is not None and ", "if False and "),),
+        "test_watch.py",
+        "launcher",
+    ),
+    Planted(
+        "the shard group ignored",
+        "sharding.py",
+        (("comm.shard_group(shard_group)", 'comm.shard_group("world")'),),
+        "test_model.py",
+        "holds_its_share",
+    ),
+    Planted(
+        "a rounding counted once a copy of the base",
+        "initialize.py",
+        (("    squared_errors /= base.copies", "    squared_errors /= 1"),),
+        "test_initialize.py",
+        "rounding",
+    ),
+    Planted(
+        "hosts share a base that rank 0 alone reads",
+        "model.py",
+        (('planned.sources is None and shard_group == "node"', "False"),),
+        "test_train.py",
+        "hosts_cannot_share",
+    ),
+    Planted(
+        "a launcher ends well after a failure",
+        "../launch/supervise.py",
+        (("return code or (EXIT_FAILED if failed.is_set() else 0)", "return code"),),
+        "test_supervise.py",
+        "never_ends_well",
+    ),
+    Planted(
+        "any rank that failed in a text is a failure",
+        "../launch/supervise.py",
+        (('rb"(^|: )rank \\d+ on \\S+ failed"', 'rb"rank \\d+ .*failed"'),),
+        "test_supervise.py",
+        "tells_no_failure",
+    ),
+    Planted(
+        "a hanging launcher's children left behind",
+        "../launch/supervise.py",
+        (("(*family.children(recursive=True), family)", "(family,)"),),
+        "test_supervise.py",
+        "hangs",
+    ),
+    Planted(
+        "srun told twice to end",
+        "../launch/supervise.py",
+        (('    if number != signal.SIGTERM or "SLURM_JOB_ID" not in os.environ:\n', "    if True:\n"),),
+        "test_supervise.py",
+        "slurm",
     ),
 ]
 

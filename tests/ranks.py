@@ -12,7 +12,7 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, init: bool = True) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, init: bool = True, hosts: Sequence[str] | None = None
+) -> list[Any]:
     """Call ``function(*args)`` on each of ``world_size`` ranks, after ``comm.init`` unless it calls it itself.
+
+    Args:
+        hosts: the name that each rank's host shall have; all ranks are on this one if not given.
 
     Returns the results by rank.
 
     Raises AssertionError with the first failing rank's traceback, or if a rank neither ends nor answers in time.
     """
-    env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes, processes = [], []
-    for rank in range(world_size):
+    for env, host in _environments(world_size, hosts):
         receive, send = _context.Pipe(duplex=False)
-        env_of_rank = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = _context.Process(target=_rank, args=(env_of_rank, send, init, function, args), daemon=True)
+        process = _context.Process(target=_rank, args=(env, host, send, init, function, args), daemon=True)
         process.start()
         send.close()
         pipes.append(receive)
@@ -68,13 +71,31 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, init: b
     return [value for _, value in outcomes]
 
 
-def _rank(env: dict[str, str], pipe: Any, init: bool, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(env)
+def _environments(world_size: int, hosts: Sequence[str] | None) -> list[tuple[dict[str, str], str]]:
+    """The launch variables and the host's name of each rank."""
+    names = tuple(hosts or [socket.gethostname()] * world_size)
+    env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        ({**env, "RANK": str(rank), "LOCAL_RANK": str(names[:rank].count(names[rank]))}, names[rank])
+        for rank in range(world_size)
+    ]
+
+
+def _become(env: dict[str, str], host: str) -> None:
+    """Be a rank on a host, as far as this process can tell."""
     import torch
 
+    os.environ.update(env)
+    socket.gethostname = lambda: host
+    torch.set_num_threads(1)
+
+
+def _rank(
+    env: dict[str, str], host: str, pipe: Any, init: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     from lora_one_dist import comm
 
-    torch.set_num_threads(1)
+    _become(env, host)
     try:
         if init:
             comm.init()
@@ -82,7 +103,39 @@ def _rank(env: dict[str, str], pipe: Any, init: bool, function: Callable[..., An
     except BaseException:
         outcome = ("raised", traceback.format_exc())
     pipe.send_bytes(pickle.dumps(outcome))
-    os._exit(0)  # peers may be waiting for this rank in a collective; do not wait for them
+    if outcome[0] == "ok":
+        comm.shutdown()
+    os._exit(0)  # after an error the watch ends peers that wait for this rank in a collective
+
+
+def run_commands(
+    folder: Path, world_size: int, function: Callable[..., Any], *args: Any, hosts: Sequence[str] | None = None
+) -> list[tuple[int, str]]:
+    """Do what launch/train.py does with ``function(*args)`` for a run; returns each rank's exit code and stderr."""
+    started = []
+    for rank, (env, host) in enumerate(_environments(world_size, hosts)):
+        stderr = folder / f"{rank}.stderr"
+        started.append((_context.Process(target=_command, args=(env, host, stderr, function, args)), stderr))
+        started[-1][0].start()
+    for process, _ in started:
+        process.join(TIMEOUT_SECONDS)
+        if process.is_alive():
+            process.kill()
+    return [(process.exitcode, stderr.read_text()) for process, stderr in started]
+
+
+def _command(env: dict[str, str], host: str, stderr: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    from lora_one_dist import comm
+
+    _become(env, host)
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    try:
+        comm.init()
+        function(*args)
+        comm.shutdown()
+    except Exception as error:
+        comm.fail(error)
+    os._exit(0)
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -1,143 +1,22 @@
-"""Who am I (every launcher's environment), what the collectives do, and that no rank fails or waits alone."""
+"""What the collectives do, and that no rank fails or waits alone."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from lora_one_dist import comm
-from lora_one_dist.comm import Launch, LaunchError, RankError, resolve_launch
-from tests.ranks import free_port, run_ranks
-
-DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-SRUN = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "3",
-    "SLURM_NTASKS": "4",
-    "SLURM_LOCALID": "1",
-    "SLURM_JOB_ID": "1239876",
-    "SLURM_STEP_NODELIST": "gpu[07-08]",
-}
-
-
-def without(env, *names):
-    return {name: value for name, value in env.items() if name not in names}
-
-
-# The launch environment -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("more", "source"), [({}, "deepspeed launcher or environment"), ({"TORCHELASTIC_RUN_ID": "none"}, "torchrun")]
-)
-def test_torchrun_and_deepspeed_variables_are_taken_as_they_are(more, source):
-    assert resolve_launch(DEEPSPEED | more) == Launch(source, 5, 8, 1, "node0", 29500)
-    assert resolve_launch(DEEPSPEED | SRUN | more).source == source, "torchrun inside srun"
-
-
-@pytest.mark.parametrize("missing", DEEPSPEED)
-def test_half_set_environment_names_what_is_missing(missing):
-    with pytest.raises(LaunchError, match=f" set but {missing} missing: the launch environment is half set. Set all"):
-        resolve_launch(without(DEEPSPEED, missing))
-
-
-def test_every_missing_variable_is_named_at_once():
-    with pytest.raises(LaunchError, match=r"^RANK set but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
-        resolve_launch({"RANK": "0"})
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["one", "", "1.5"])
-def test_variable_that_is_no_number_is_named_with_its_value(name, value):
-    with pytest.raises(LaunchError, match=f"^{name} = '{value}': must be a whole number"):
-        resolve_launch(DEEPSPEED | {name: value})
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"RANK": "8"}, {"RANK": "-1"}, {"LOCAL_RANK": "-1"}, {"WORLD_SIZE": "0", "RANK": "0"}, {"WORLD_SIZE": "5"}],
-)
-def test_rank_outside_the_world_is_refused(values):
-    with pytest.raises(LaunchError, match=r"rank -?\d, local rank -?\d, world size \d .deepspeed.*: a rank must be in"):
-        resolve_launch(DEEPSPEED | values)
-
-
-def test_no_variables_is_one_process_on_a_free_port():
-    launch, other = resolve_launch({}), resolve_launch({"MASTER_ADDR": "left over", "SLURM_JOB_ID": "1"})
-    for found in (launch, other):
-        assert (found.source, found.rank, found.world_size, found.local_rank) == ("single process", 0, 1, 0)
-        assert found.master_addr == "127.0.0.1"
-    assert launch.master_port > 0
-
-
-def test_sbatch_without_srun_is_one_process():
-    # sbatch sets SLURM_PROCID and SLURM_NTASKS in the batch script too: only a step has tasks.
-    assert resolve_launch(without(SRUN, "SLURM_STEP_ID")).source == "single process"
-
-
-@pytest.fixture
-def scontrol(tmp_path, monkeypatch):
-    """A fake that expands the one node list."""
-    program = tmp_path / "bin" / "scontrol"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] || exit 1\nprintf "gpu07\\ngpu08\\n"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-
-
-def test_srun_meets_on_the_steps_first_node_at_the_jobs_port(scontrol):
-    assert resolve_launch(SRUN) == Launch("srun", 3, 4, 1, "gpu07", 29876)
-    assert resolve_launch(SRUN | {"SLURM_JOB_ID": "1239877"}).master_port == 29877, "two jobs may share a node"
-    of_job = without(SRUN, "SLURM_STEP_NODELIST") | {"SLURM_JOB_NODELIST": "gpu[07-08]"}
-    assert resolve_launch(of_job).master_addr == "gpu07"
-
-
-def test_srun_takes_a_given_rendezvous_without_asking_scontrol(monkeypatch):
-    monkeypatch.setattr(comm.subprocess, "run", None)
-    launch = resolve_launch(SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "1234"})
-    assert (launch.master_addr, launch.master_port) == ("head", 1234)
-
-
-def test_node_list_that_scontrol_refuses_is_named(scontrol):
-    with pytest.raises(LaunchError, match=r"node list 'gpu\[1' cannot be expanded by scontrol. Set MASTER_ADDR"):
-        resolve_launch(SRUN | {"SLURM_STEP_NODELIST": "gpu[1"})
-
-
-@pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
-def test_half_set_srun_environment_names_what_is_missing(missing):
-    with pytest.raises(LaunchError, match=f"SLURM_PROCID set but {missing} missing. Start with srun"):
-        resolve_launch(without(SRUN, missing))
-
-
-@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
-def test_srun_variable_that_is_no_number_is_named(name):
-    with pytest.raises(LaunchError, match=f"^{name} = 'x': must be a whole number"):
-        resolve_launch(SRUN | {name: "x", "MASTER_ADDR": "head"})
-
-
-def test_srun_rank_outside_the_world_is_refused():
-    with pytest.raises(LaunchError, match=r"rank 3, local rank 1, world size 3 \(srun\)"):
-        resolve_launch(SRUN | {"SLURM_NTASKS": "3", "MASTER_ADDR": "head"})
-
-
-@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-@pytest.mark.parametrize("rank", [0, 3])
-def test_mpirun_counts_ranks_of_a_host_and_meets_on_rank_0s(rank, variable, monkeypatch):
-    world = SimpleNamespace(rank=rank, size=5, allgather=lambda own: ["a", "b", "a", "b", "b"])
-    world.bcast = lambda value: value if rank == 0 else ("a", 4321)
-    fake = ModuleType("mpi4py")
-    fake.MPI = SimpleNamespace(COMM_WORLD=world, Get_processor_name=lambda: "ab"[rank % 2])
-    monkeypatch.setitem(sys.modules, "mpi4py", fake)
-    launch = resolve_launch({variable: "5", "MASTER_PORT": "4321"})
-    assert launch == Launch("mpirun (mpi4py)", rank, 5, {0: 0, 3: 1}[rank], "a", 4321)
-
+from lora_one_dist import comm, launchers
+from lora_one_dist.comm import RankError
+from lora_one_dist.config import CommConfig
+from lora_one_dist.data import DataError
+from lora_one_dist.launchers import Launch, LaunchError
+from tests.ranks import free_port, run_commands, run_ranks
 
 # Collectives ----------------------------------------------------------------------------------------------------------
 
@@ -182,7 +61,7 @@ def test_collectives_at_three_ranks():
 
 def alone(port):
     """Runs in a process that no launcher started."""
-    for name in comm.LAUNCH_VARIABLES:
+    for name in launchers.LAUNCH_VARIABLES:
         os.environ.pop(name, None)
     launch = comm.init()
     own = torch.tensor([3.0, 4.0])
@@ -192,10 +71,10 @@ def alone(port):
     comm.all_gather(whole, comm.reduce_scatter(comm.all_sum(own)))
     with comm.local_first(), comm.all_or_none("nothing"):
         comm.barrier()
-    variables = {name: os.environ[name] for name in comm.LAUNCH_VARIABLES}
+    variables = {name: os.environ[name] for name in launchers.LAUNCH_VARIABLES}
     comm.shutdown()
     comm.shutdown()
-    again = comm.init(Launch("test", 0, 1, 0, "127.0.0.1", port))
+    again = comm.init(launch=Launch("test", 0, 1, 0, "127.0.0.1", port))
     return launch, variables, whole.tolist(), os.environ["MASTER_PORT"], again.source, comm.world_size()
 
 
@@ -206,6 +85,120 @@ def test_one_process_without_a_launcher_is_a_world_of_one():
     expected = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     assert variables == expected | {"MASTER_PORT": str(launch.master_port)}
     assert (new_port, source, size) == (str(port), "test", 1), "a given launch is taken, after a shutdown"
+
+
+# Hosts: each letter is a rank, and names its host ---------------------------------------------------------------------
+
+FP32_ROUNDING = 2.0**-24
+SHARE = 37  # of each rank: no power of two
+# The order of the sums is the ranks', whatever the hosts, where a host has a run of 2^n ranks. Unequal hosts are flat.
+SAME_BITS = ("aaaa", "aabb", "abcd", "aaab")
+LAYOUTS = ("a", "aa", "ab", "aab", "abc", *SAME_BITS, "abab")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "inner", "outer"),
+    [
+        ("a", ["0"], ["0"]),
+        ("aaa", ["012"] * 3, ["0", "1", "2"]),
+        ("abcd", ["0", "1", "2", "3"], ["0123"] * 4),
+        ("aabb", ["01", "01", "23", "23"], ["02", "13", "02", "13"]),
+        ("abab", ["02", "13", "02", "13"], ["01", "01", "23", "23"]),
+        ("abababab", ["0246", "1357"] * 4, ["01", "01", "23", "23", "45", "45", "67", "67"]),
+        ("aaab", ["0", "1", "2", "3"], ["0123"] * 4),
+    ],
+)
+def test_topology(hosts, inner, outer):
+    for rank, host in enumerate(hosts):
+        found = comm.topology(tuple(hosts), rank)
+        assert found.host_of == tuple(hosts)
+        assert found.host_ranks == tuple(r for r, name in enumerate(hosts) if name == host)
+        assert ("".join(map(str, found.inner)), "".join(map(str, found.outer))) == (inner[rank], outer[rank])
+
+
+def addends(world_size: int) -> torch.Tensor:
+    """(world_size, world_size * SHARE) fp32 of six orders of magnitude, so that the order of adding shows."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (world_size, world_size * SHARE)
+    return torch.randn(shape, generator=generator) * 10 ** (6 * torch.rand(shape, generator=generator) - 3)
+
+
+def assert_is_sum(found: torch.Tensor, rows: torch.Tensor) -> None:
+    """Within the bound of a sum in a tree: a rounding of the sum of magnitudes on each level (Higham, 4.2)."""
+    levels = (len(rows) - 1).bit_length()
+    bound = levels * FP32_ROUNDING * rows.double().abs().sum(0)
+    assert bool(((found.double() - rows.double().sum(0)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("k", range(1, 10))
+def test_tree_sum_adds_neighbours_first(k):
+    rows = addends(9)[:k]
+    found = comm.tree_sum(rows.clone())
+    assert_is_sum(found, rows)
+    while len(rows) > 1:
+        pairs = [rows[i] + rows[i + 1] for i in range(0, len(rows) - 1, 2)]
+        rows = pairs + list(rows[len(pairs) * 2 :])
+    assert torch.equal(found, rows[0])
+
+
+def reduced_and_gathered():
+    """Runs on a rank: its slot, its share of the sum (whole, and sent in small pieces), and the shares of all."""
+    topology, size = comm._get_state().topology, comm.world_size()
+    send = addends(size)[comm.rank()]
+    before = send.clone()
+    own = comm.reduce_scatter(send)
+    whole = torch.full((size * SHARE,), float("nan"))
+    comm.all_gather(whole, own.clone())
+    exchange, exchanged = comm.dist.all_to_all_single, []
+    comm.dist.all_to_all_single = lambda *args, **kwargs: (exchanged.append(args[1].numel()), exchange(*args, **kwargs))
+    comm.EXCHANGE_BYTES = 80
+    piecewise = comm.reduce_scatter(send)
+    of_host = comm.sum_among(torch.tensor([10.0 ** comm.rank()]), "host").item()
+    of_hosts = comm.sum_among(torch.tensor([10.0 ** comm.rank()]), "hosts").item()
+    return {
+        "slot": comm.slot(),
+        "own": own,
+        "whole": whole,
+        "piecewise": piecewise,
+        "exchanged": exchanged,
+        "sent is kept": torch.equal(send, before) and own.data_ptr() != send.data_ptr(),
+        "sums": (of_host, of_hosts),
+        "expected sums": tuple(float(sum(10.0**r for r in ranks)) for ranks in (topology.host_ranks, topology.outer)),
+        "groups": [comm.shard_group(kind).size() for kind in ("world", "node")],
+        "hosts": comm.num_hosts(),
+    }
+
+
+@pytest.fixture(scope="module")
+def by_layout():
+    return {hosts: run_ranks(len(hosts), reduced_and_gathered, hosts=hosts) for hosts in LAYOUTS}
+
+
+@pytest.mark.parametrize("hosts", LAYOUTS)
+def test_sums_over_hosts_equal_a_naive_sum(hosts, by_layout):
+    results, size = by_layout[hosts], len(hosts)
+    rows = addends(size)
+    assert sorted(found["slot"] for found in results) == list(range(size)), "a slot each"
+    for rank, found in enumerate(results):
+        slot = slice(found["slot"] * SHARE, (found["slot"] + 1) * SHARE)
+        assert_is_sum(found["own"], rows[:, slot])
+        assert torch.equal(found["whole"][slot], found["own"])
+        assert torch.equal(found["whole"], results[0]["whole"]), "every rank's share lies at its slot"
+        assert torch.equal(found["piecewise"], found["own"]), "the same bits in pieces"
+        assert size == 1 or (len(found["exchanged"]) > 2 and max(found["exchanged"]) * 4 <= 80)
+        assert found["sent is kept"], "and is not what is returned"
+        assert found["sums"] == found["expected sums"]
+        assert found["groups"] == [size, hosts.count(hosts[rank])]
+        assert found["hosts"] == len(set(hosts))
+
+
+def test_the_same_ranks_give_the_same_bits_on_one_host_and_on_many(by_layout):
+    expected = comm.tree_sum(addends(4))
+    for hosts in SAME_BITS:
+        for found in by_layout[hosts]:
+            slot = slice(found["slot"] * SHARE, (found["slot"] + 1) * SHARE)
+            assert torch.equal(found["own"], expected[slot]), hosts
+    assert not torch.equal(addends(4).sum(0), expected), "in another order these sums do differ"
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------
@@ -282,9 +275,125 @@ def test_first_rank_of_each_host_goes_before_its_others(tmp_path):
     assert all("rank 2 on" in message and message.endswith("disk full") for _, message, _ in results), "and none waits"
 
 
-def test_srun_without_scontrol_or_with_a_bad_port(monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(LaunchError, match=r"cannot be expanded by scontrol\. Set MASTER_ADDR"):
-        resolve_launch(SRUN)
-    with pytest.raises(LaunchError, match="MASTER_PORT = 'x': must be a whole number"):
-        resolve_launch(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "x"})
+# Time-outs and ends ---------------------------------------------------------------------------------------------------
+
+
+def waiting_for_a_missing_peer(seconds):
+    """Runs on a rank: how long each collective waited for the last rank, and what it said; then the last one's part."""
+    found = []
+    last = comm.rank() == comm.world_size() - 1
+    if last:
+        time.sleep(2 * seconds)
+    comm.barrier()  # under the long time-out of comm.init
+    comm.set_timeout(seconds)
+    if last:
+        time.sleep(3 * seconds)
+    else:
+        # Rank 0 waits for all, rank 1 for its like on the other host, rank 2 for the rank beside it: each for rank 3.
+        among = (None, "hosts", "host")[comm.rank()]
+        started = time.monotonic()
+        try:
+            comm.sum_among(torch.ones(1), among) if among else comm.barrier()
+        except RuntimeError as error:
+            found.append((time.monotonic() - started, comm._is_symptom(error)))
+    comm._get_state().watch.leave()  # no barrier ends these groups
+    comm.shutdown = lambda: None
+    return found
+
+
+def test_collective_fails_after_its_own_time_and_no_sooner():
+    seconds = 0.4
+    *waited, _ = run_ranks(4, waiting_for_a_missing_peer, seconds, hosts="aabb")
+    for found in waited:
+        ((took, symptom),) = found
+        assert seconds * 0.9 <= took <= seconds * 2.5, "rank 3 ends after three times as long"
+        assert symptom, "and the failure of another rank would explain it"
+
+
+def meeting(settings, missing=(), launch=None):
+    """Runs on a rank: the error of the meeting, and how long it took; some ranks do not come."""
+    started = time.monotonic()
+    if int(os.environ["RANK"]) in missing:
+        return None
+    try:
+        comm.init(settings, launch)
+    except LaunchError as error:
+        return str(error), time.monotonic() - started
+    return "met"
+
+
+def test_missing_ranks_are_named_on_every_rank_that_came():
+    settings = CommConfig.model_construct(rendezvous_seconds=2.0)  # below what a config may say, to be fast
+    found = run_ranks(4, meeting, settings, (1, 2), init=False, hosts="abcd")
+    assert found[1:3] == [None, None]
+    for message, seconds in (found[0], found[3]):
+        assert "2 of 4 ranks have not come to 127.0.0.1:" in message
+        assert "in 2 s: 1, 2. Arrived from a, d. Look for their own messages" in message
+        assert seconds <= 10
+    assert found[0][1] >= 1.9, "rank 0 waits for that long; rank 3 came a little later"
+
+
+def test_master_address_that_means_nothing_here_is_named():
+    launch = Launch("test", 1, 2, 0, "no such host", free_port())
+    ((message, _),) = run_ranks(1, meeting, None, (), launch, init=False, hosts="a")
+    assert message.startswith("MASTER_ADDR = no such host: a cannot resolve it (")
+    assert "Add it to its /etc/hosts, or give an address" in message
+
+
+def failing_alone(fault):
+    """Runs on a rank: rank 1 fails while the others wait for it in a collective."""
+    if comm.rank() == 1 and fault == "ours":
+        raise DataError("data.train: no rows")
+    if comm.rank() == 1 and fault == "foreign":
+        raise RuntimeError("boom")
+    if fault.startswith("agreed"):
+        headline = comm._headline
+        if comm.rank() == 1:  # all learn of it at the same moment: the one that has the traceback is the slowest
+            comm._headline = lambda error: (time.sleep(0.3), headline(error))[1]
+        with comm.all_or_none("reading x"):
+            if comm.rank() == 1:
+                raise DataError("no rows") if fault == "agreed, ours" else OSError("stale file handle")
+    if comm.rank() == 1 and fault == "killed":
+        time.sleep(0.2)  # the others are in the collective: gloo sees the end too
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.barrier()
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "traceback", "told_by"),
+    [
+        ("ours", "data.train: no rows", False, [0, 1]),
+        ("foreign", "RuntimeError: boom", True, [0, 1]),
+        ("agreed, ours", "failed while reading x: no rows", False, [0, 1]),
+        ("agreed, foreign", "failed while reading x: OSError: stale file handle", True, [0, 1]),
+        ("killed", "its process ended without a word (killed? the", False, [0]),
+    ],
+)
+def test_failure_is_told_by_its_rank_and_by_rank_0(fault, line, traceback, told_by, tmp_path):
+    ends = run_commands(tmp_path, 3, failing_alone, fault, hosts="abc")
+    assert [code for code, _ in ends] == [1, -signal.SIGKILL if fault == "killed" else 1, 1]
+    told = [(rank, text.splitlines()) for rank, (_, text) in enumerate(ends) if text]
+    assert [rank for rank, _ in told] == told_by
+    for rank, lines in told:
+        assert lines[0].startswith("rank 1 on b failed")
+        assert line in lines[0], "first, and not the gloo error that it caused"
+        assert any("Traceback" in text for text in lines) == (traceback and rank == 1)
+        assert rank == 1 or len(lines) == 1
+
+
+def losing_rank_0():
+    """Runs on a rank: rank 0 ends while the others wait for it in a collective."""
+    if comm.rank() == 0:
+        time.sleep(0.2)
+        os._exit(0)  # which a launcher takes for success
+    comm.barrier()
+
+
+@pytest.mark.parametrize(("hosts", "told_by"), [("aaa", [1]), ("aab", [1, 2])])
+def test_loss_of_rank_0_is_told_once_on_each_host(hosts, told_by, tmp_path):
+    ends = run_commands(tmp_path, 3, losing_rank_0, hosts=hosts)
+    assert [code for code, _ in ends] == [0, 1, 1]
+    assert [rank for rank, (_, text) in enumerate(ends) if text] == told_by
+    for rank in told_by:
+        assert ends[rank][1].startswith("rank 0 on a failed: its process ended without a word")
+        assert ends[rank][1].endswith(f"seen from rank {rank} on {hosts[rank]}\n")

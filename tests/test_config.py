@@ -77,7 +77,7 @@ def test_defaults_are_the_papers_recipe(here):
     assert (config.optim.name, config.optim.lr, config.optim.damping) == ("adamw", 2e-4, 1e-6)
     assert (config.optim.preconditioner, config.optim.lr_ratio_b, config.optim.betas) == ("riemannian", 1, (0.9, 0.999))
     assert (config.model.dtype, config.train.global_batch_size, config.data.max_length) == ("bf16", 32, 1024)
-    assert config.zero_stage == 3
+    assert config.deepspeed.stage == 3
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_scaling_divides_alpha_by_r_or_its_root(rslora, scaling, here):
 
 @pytest.mark.parametrize(("policy", "stage"), [({}, 0), ({"zero_optimization": {"stage": 3}}, 3)])
 def test_zero_stage_is_the_jsons(policy, stage, here):
-    assert parse_config(write(valid(), **policy)).zero_stage == stage
+    assert parse_config(write(valid(), **policy)).deepspeed.stage == stage
 
 
 def test_a_config_does_not_change_after_it_was_checked(here):
@@ -216,7 +216,7 @@ def test_every_problem_of_every_group_in_one_error(here):
         ({"train__gradient_accumulation_steps": 2}, "no such setting. Known here: epochs, max_steps, micro_batch_size"),
         (
             {"zzz": 1},
-            "zzz = 1: no such setting. Known here: model, data, lora, init, optim, train, deepspeed, output_dir",
+            "zzz = 1: no such setting. Known here: model, data, lora, init, optim, train, deepspeed, comm, output_dir",
         ),
     ],
 )
@@ -523,6 +523,18 @@ def test_zero_option_that_cannot_work_is_refused(zero, rule, here):
     assert rule in problem
 
 
+def test_base_can_be_sharded_inside_each_host_at_stage_3_alone(here):
+    found = []
+    for stage in (3, 0):
+        raw = write(valid(), zero_optimization={"stage": stage})
+        raw["deepspeed"]["shard_group"] = "node"
+        found += problems(raw)
+    assert found == [
+        "deepspeed.shard_group = node: has no effect at stage 0, where every rank holds the base. Leave it out, or "
+        "give a stage 3 JSON."
+    ]
+
+
 def test_zero_options_that_act_are_accepted(here):
     assert problems(write(valid(), zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})) == []
     assert problems(write(valid(), zero_optimization={"stage": 3, "stage3_max_live_parameters": 10})) == []
@@ -572,11 +584,11 @@ def test_shipped_zero_json_is_accepted_here_and_by_deepspeed(path, here):
     from lora_one_dist import sharding
 
     config = parse_config(valid(deepspeed__config=str(path)))
-    assert config.zero_stage == (0 if path.stem == "stage0" else 3)
-    resolved = sharding.deepspeed_config(config.deepspeed_policy(), "bf16", 2)
+    assert config.deepspeed.stage == (0 if path.stem == "stage0" else 3)
+    resolved = sharding.deepspeed_config(config.deepspeed.policy(), "bf16", 2)
     # forbids what it does not know, so that a misspelt key is found
     accepted = sharding.deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**resolved["zero_optimization"])
-    assert accepted.stage == config.zero_stage
+    assert accepted.stage == config.deepspeed.stage
     assert (accepted.offload_param is not None) == ("offload" in path.stem)
     assert (resolved["bf16"], resolved["train_micro_batch_size_per_gpu"]) == ({"enabled": True}, 2)
 

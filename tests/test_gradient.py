@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ SAMPLES = 8
 
 # Each value of every option occurs, and 3 ranks do not divide 8 samples.
 CASES = [
-    # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average
+    # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average; in the place of the
+    # world size a letter for each rank's host, and then the base is sharded inside each host
     ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
     ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
     ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
@@ -30,26 +30,30 @@ CASES = [
     ("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"),
     ("qwen2", 4, "zero3", "reentrant", "device", 1, 2, 1, "token"),
     ("qwen2", 4, "stage0", "none", "device", 3, 1, 1, "token"),
+    ("llama", "aabb", "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
+    ("qwen2", "abab", "zero3_offload", "reentrant", "device", 1, 1, 2, "micro_batch"),
+    pytest.param(("qwen2", "aaab", "zero3", "none", "device", 1, 1, 1, "token"), marks=pytest.mark.full),
 ]
 
 
-def load_base(folder: Path, zero_json: str, checkpointing: str = "non_reentrant", r: int = 4):
+def load_base(
+    folder: Path, zero_json: str, checkpointing: str = "non_reentrant", r: int = 4, shard_group: str = "world"
+):
     """Base and targets on this rank, with a persistence threshold that some weights lie below and some above."""
     from lora_one_dist import config, model
 
     settings = config.ModelConfig(path=str(folder), dtype="fp32", gradient_checkpointing=checkpointing)
-    policy = json.loads(Path(f"ds_configs/{zero_json}.json").read_text())
-    policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
+    deepspeed = models.deepspeed_config(zero_json, shard_group, stage3_param_persistence_threshold=600)
     plan = model.plan(folder, settings, config.LoraConfig(r=r), r)
     assert plan.sources is not None, "the sliced road must be taken"
-    return model.load(settings, plan, policy, 1), plan.targets
+    return model.load(settings, deepspeed, plan, 1), plan.targets
 
 
-def owned_gradients(folder, zero_json, checkpointing, buffer, groups, parts, micro_batch_size, average):
+def owned_gradients(folder, shard_group, zero_json, checkpointing, buffer, groups, parts, micro_batch_size, average):
     """Runs on a rank: what it owns, and the loss."""
     from lora_one_dist import comm, gradient, ownership
 
-    base, targets = load_base(folder, zero_json, checkpointing)
+    base, targets = load_base(folder, zero_json, checkpointing, shard_group=shard_group)
     batch = gradient.deal_micro_batches(models.samples(SAMPLES), micro_batch_size, average, parts, pad_token_id=0)
     costs = [float(t.m * t.n) for t in targets]
     owned, losses = {}, []
@@ -68,7 +72,8 @@ def owned_gradients(folder, zero_json, checkpointing, buffer, groups, parts, mic
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_gradient_equals_single_process(case, model_folder):
-    kind, world_size, *rest = case
+    kind, ranks, *rest = case
+    hosts = ranks if isinstance(ranks, str) else None
     micro_batch_size, average = rest[-2:]
     model = models.MODELS[kind]().double()
     names = [
@@ -82,7 +87,8 @@ def test_gradient_equals_single_process(case, model_folder):
     truth = reference.full_gradient(model, samples, names, groups)
     true_loss = reference.mean_loss(model, samples, groups).item()
 
-    results = run_ranks(world_size, owned_gradients, model_folder(kind), *rest)
+    world_size, shard_group = (len(hosts), "node") if hosts else (ranks, "world")
+    results = run_ranks(world_size, owned_gradients, model_folder(kind), shard_group, *rest, hosts=hosts)
 
     owners = [name for owned, _ in results for name in owned]
     assert sorted(owners) == sorted(names), "every target has exactly one owner"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_one_dist.config import parse_config
+from lora_one_dist.config import LoraConfig, ModelConfig, parse_config
+from lora_one_dist.model import find_targets
 from tests import models, reference
 from tests.ranks import run_ranks
 from tests.test_gradient import SAMPLES, load_base
@@ -33,7 +34,7 @@ def start(folder, raw, world_groups=1):
     before = initialize.batch_loss(base, whole)
     adapters = model.inject_adapters(base, model.peft_config(config.lora, targets, "x"), targets, "fp32")
     compensate = config.init.method in ("lora_one_v1", "lora_ga", "pissa")
-    initialize.set_adapters(adapters, result.pairs, config.scaling, compensate)
+    initialize.set_adapters(base, adapters, result.pairs, config.scaling, compensate)
     after = initialize.batch_loss(base, whole)
     weights = {}
     for adapter in adapters:
@@ -162,6 +163,40 @@ def test_report_rows(model_folder, tmp_path, truth):
         assert row["certified_error"] < 1e-3
 
 
+def reported_rounding(folder, shard_group):
+    """Runs on a rank: what :func:`set_adapters` says that rounding a bf16 base lost, by target."""
+    from lora_one_dist import initialize, model
+
+    settings, lora = ModelConfig(path=folder, dtype="bf16"), LoraConfig(r=R)
+    planned = model.plan(Path(folder), settings, lora, R)
+    base = model.load(settings, models.deepspeed_config("zero3", shard_group), planned, 1)
+    adapters = model.inject_adapters(base, model.peft_config(lora, planned.targets, "x"), planned.targets, "bf16")
+    return initialize.set_adapters(base, adapters, some_pairs(planned.targets), 0.5, compensate=True)
+
+
+def some_pairs(targets):
+    """Random pairs that bf16 holds exactly, by target."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        t.name: tuple(torch.randn(*shape, generator=generator).bfloat16().float() for shape in ((R, t.n), (t.m, R)))
+        for t in targets
+    }
+
+
+@pytest.mark.parametrize(("hosts", "shard_group"), [("aabb", "world"), ("aaab", "node")])
+def test_reported_rounding_is_that_of_one_copy_of_the_base(hosts, shard_group, model_folder):
+    net = models.llama()
+    targets = find_targets(net, LoraConfig(r=R))
+    expected = {}
+    for name, (A, B) in some_pairs(targets).items():
+        change = 0.5 * B.double() @ A.double()
+        exact = net.get_submodule(name).weight.detach().bfloat16().double() - change
+        expected[name] = float((exact.float().bfloat16().double() - exact).norm() / change.norm())
+    for found in run_ranks(4, reported_rounding, str(model_folder("llama")), shard_group, hosts=hosts):
+        # The product in fp32 is off by 2^-24 where its rounding to bf16 is off by 2^-9.
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def wrong_start(folder, raw, fault):
     """Runs on a rank: a fault in setting the adapters must be seen in the loss."""
     from lora_one_dist import gradient, initialize, model
@@ -173,7 +208,9 @@ def wrong_start(folder, raw, fault):
     adapters = model.inject_adapters(base, model.peft_config(config.lora, targets, "x"), targets, "fp32")
     pairs = {name: (A, -B if fault == "sign" else B) for name, (A, B) in result.pairs.items()}
     scale = config.scaling * (1.5 if fault == "scale" else 1.0)
-    initialize.set_adapters(adapters, pairs, scale, config.init.method == "lora_ga" and fault != "no compensation")
+    initialize.set_adapters(
+        base, adapters, pairs, scale, config.init.method == "lora_ga" and fault != "no compensation"
+    )
     after = initialize.batch_loss(base, batch[0])
     try:
         initialize.check_loss(result.loss, after, config)

@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.jobs import CONFIG as DEMO
+from tests.jobs import SHORT
 from tests.test_train import metrics
 
 BIN = Path(sys.executable).parent
-DEMO = "launch/configs/demo.yaml"
-SHORT = [
-    "train.max_steps=2",
-    "train.log_steps=1",
-    "train.eval_steps=0",
-    "train.exact_match_samples=0",
-    "train.exact_match_pattern=null",
-    "train.exact_match_max_new_tokens=64",
-    "optim.warmup_steps=0",
-    "data.max_eval_samples=16",
-]
 
 
 def call(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -81,12 +72,12 @@ def test_deepspeed_launcher_equals_a_single_process(tmp_path):
         TORCH_EXTENSIONS_DIR=str(extensions),
     )
     assert two.returncode == 0, two.stdout[-3000:] + two.stderr[-3000:]
-    assert "2 ranks, cpu, launched by deepspeed" in two.stdout
+    assert "2 ranks on 1 host, cpu, launched by deepspeed" in two.stdout
     assert str(tmp_path / "two" / "adapter") in two.stdout
     assert not extensions.exists() or not any(extensions.rglob("*.so"))
     one = call(sys.executable, *train, f"output_dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr[-3000:]
-    assert "1 ranks, cpu, launched by single process" in one.stdout
+    assert "1 ranks on 1 host, cpu, launched by single process" in one.stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
@@ -97,8 +88,8 @@ def test_torchrun(tmp_path):
         *("launch/train.py", "--config", DEMO, *SHORT, f"output_dir={tmp_path / 'run'}"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 ranks, cpu, launched by torchrun" in result.stdout
-    assert len(losses(tmp_path / "run")) == 2
+    assert "2 ranks on 1 host, cpu, launched by torchrun" in result.stdout
+    assert len(losses(tmp_path / "run")) == 3
 
 
 @pytest.mark.full

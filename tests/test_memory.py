@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -45,16 +44,16 @@ def load_and_differentiate(folder: Path, groups: int, parts: int, buffer: str):
     from lora_one_dist import comm, config, gradient, model, ownership
 
     settings = config.ModelConfig(path=str(folder), dtype="fp32")
-    policy = json.loads(Path("ds_configs/zero3.json").read_text())
-    policy["zero_optimization"] |= {
+    zero = {
         "stage3_max_live_parameters": MAX_LIVE,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 1_000_000,
     }
+    deepspeed = models.deepspeed_config("zero3", **zero)
     plan = model.plan(folder, settings, config.LoraConfig(r=8), 8)
     reset_host_peak()
     before = host_bytes("VmRSS")
-    base = model.load(settings, plan, policy, 1)
+    base = model.load(settings, deepspeed, plan, 1)
     load_peak = host_bytes() - before
     parameters = list(base.module.parameters())
     total = sum(p.ds_numel for p in parameters)

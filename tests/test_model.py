@@ -277,14 +277,13 @@ def logits_by_both_roads(folders, stage):
         return load_pretrained(watched_build, ds_config)
 
     sharding.load_pretrained = watched
-    policy = json.loads(Path(f"ds_configs/{'zero3' if stage == 3 else 'stage0'}.json").read_text())
-    policy["zero_optimization"]["stage3_param_persistence_threshold"] = 600
+    deepspeed = models.deepspeed_config("zero3" if stage else "stage0", stage3_param_persistence_threshold=600)
     found = []
     for folder, sliced in zip(folders, (True, False), strict=True):
         settings = ModelConfig(path=folder, dtype="fp32", gradient_checkpointing="none")
         planned = model.plan(Path(folder), settings, LoraConfig(r=4), 4)
         assert (planned.sources is not None) == sliced
-        base = model.load(settings, planned, policy, 1)
+        base = model.load(settings, deepspeed, planned, 1)
         assert not any(parameter.requires_grad for parameter in base.module.parameters())
         assert base.partitioned == (stage == 3)
         base.module.eval()
@@ -310,6 +309,48 @@ def test_names_that_do_not_map_load_to_the_same_logits(world_size, stage, model_
         assert torch.equal(sliced, pretrained)
         # fp32 sums of 40 terms in the same kernels: equal but for their blocking.
         assert (sliced - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def sharded(folder, shard_group):
+    """Runs on a rank: elements held of each parameter (its own and all), the logits, and the copies there are."""
+    settings = ModelConfig(path=folder, dtype="fp32", gradient_checkpointing="none")
+    planned = model.plan(Path(folder), settings, LoraConfig(r=4), 4)
+    deepspeed = models.deepspeed_config("zero3", shard_group, stage3_param_persistence_threshold=600)
+    base = model.load(settings, deepspeed, planned, 1)
+    held = [(parameter.ds_tensor.numel(), parameter.ds_numel) for parameter in base.module.parameters()]
+    with torch.no_grad():
+        return held, base.module.eval()(input_ids=ids()).logits, base.copies
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shard_group", "shares", "copies"),
+    [
+        ("aabb", "world", [4, 4, 4, 4], 1),
+        ("aabb", "node", [2, 2, 2, 2], 2),
+        ("abcd", "node", [1, 1, 1, 1], 4),
+        ("aaab", "node", [3, 3, 3, 1], 2),
+    ],
+)
+def test_each_rank_holds_its_share_of_its_groups_copy(hosts, shard_group, shares, copies, model_folder):
+    truth = models.llama().eval()(input_ids=ids()).logits.detach()
+    results = run_ranks(4, sharded, str(model_folder("llama")), shard_group, hosts=hosts)
+    for (held, logits, found), share in zip(results, shares, strict=True):
+        assert len(held) == 4 * 9 + 3, "every parameter"
+        assert all(own == -(-whole // share) for own, whole in held), "rounded up: DeepSpeed pads the last share"
+        assert found == copies
+        assert torch.equal(logits, results[0][1])
+        # fp32 sums of at most 72 terms in the same kernels: equal but for their blocking.
+        assert (logits - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_base_whose_names_do_not_map_is_not_sharded_inside_hosts(model_folder, tmp_path):
+    one_to_one, renamed = (
+        plan(folder) for folder in (model_folder("llama"), changed(model_folder("llama"), tmp_path, rename))
+    )
+    model.check_loadable(one_to_one, "node")
+    model.check_loadable(renamed, "world")
+    with pytest.raises(ModelError, match=r"shard_group = node: needs .* one by one, but .* Use shard_group: world, or"):
+        model.check_loadable(renamed, "node")
 
 
 # Forward passes -------------------------------------------------------------------------------------------------------
@@ -409,7 +450,9 @@ def test_adapters_come_in_target_order_around_the_frozen_weights():
     lora = LoraConfig(r=4, target_modules=["1.self_attn.v_proj", "0.mlp.down_proj"])
     targets = find_targets(net, lora)
     weights = {target.name: net.get_submodule(target.name).weight for target in targets}
-    adapters = model.inject_adapters(sharding.Base(net), model.peft_config(lora, targets, "x"), targets, "bf16")
+    adapters = model.inject_adapters(
+        sharding.Base(net, copies=1), model.peft_config(lora, targets, "x"), targets, "bf16"
+    )
     assert [adapter.target for adapter in adapters] == targets
     for adapter in adapters:
         assert adapter.weight is weights[adapter.target.name]
@@ -424,20 +467,20 @@ def test_layers_that_peft_takes_beyond_the_targets_are_refused():
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     targets = find_targets(net, lora)
     with pytest.raises(ModelError, match=r"differ in \['model.layers.1.self_attn.q_proj'\]. Name the layers by longer"):
-        model.inject_adapters(sharding.Base(net), model.peft_config(lora, targets, "x"), targets[:1], "fp32")
+        model.inject_adapters(sharding.Base(net, copies=1), model.peft_config(lora, targets, "x"), targets[:1], "fp32")
 
 
 def load_or_message(folder, policy):
     settings = ModelConfig(path=folder, dtype="fp32")
     planned = model.plan(Path(folder), settings, LoraConfig(r=4), 4)
     try:
-        model.load(settings, planned, json.loads(Path(policy).read_text()), 1)
+        model.load(settings, models.deepspeed_config(policy), planned, 1)
     except model.ModelError as error:
         return str(error)
     return "loaded"
 
 
-@pytest.mark.parametrize(("world_size", "policy"), [(1, "ds_configs/stage0.json"), (2, "ds_configs/zero3.json")])
+@pytest.mark.parametrize(("world_size", "policy"), [(1, "stage0"), (2, "zero3")])
 def test_tensor_without_values_is_refused_not_drawn_at_random(world_size, policy, model_folder, tmp_path):
     def cut(held):
         del held["model.layers.1.mlp.up_proj.weight"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -84,12 +86,17 @@ def truth(config: OptimConfig):
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_steps_equal_the_float64_loop(name, world_size):
+@pytest.mark.parametrize(
+    ("name", "hosts"),  # a letter a rank, and the name of its host
+    [
+        *product(CONFIGS, ("a", "aa", "aaa", "aaaa")),
+        *product(("riemannian",), ("abc", "aabb", "abab", "aaab")),
+    ],
+)
+def test_steps_equal_the_float64_loop(name, hosts):
     config = CONFIGS[name]
     expected = truth(config)
-    results = run_ranks(world_size, train_pairs, config, MICRO_BATCHES)
+    results = run_ranks(len(hosts), train_pairs, config, MICRO_BATCHES, hosts=hosts)
     for trained, norms in results:
         for (A, B), (A64, B64) in zip(trained, expected, strict=True):
             assert reference.relative(A, A64) <= TOLERANCE

@@ -17,6 +17,7 @@ from lora_one_dist import comm, data
 from lora_one_dist.config import parse_config
 from tests import models, reference
 from tests.ranks import run_ranks, write_json_lines
+from tests.test_model import changed, rename
 
 
 def settings(folder: Path, out: Path, **changes) -> dict:
@@ -72,7 +73,7 @@ def test_whole_run(model_folder, tmp_path):
     out = tmp_path / "run"
     changes = {"train__max_steps": 30, "train__exact_match_samples": 7, "train__eval_steps": 12, "optim__lr": 1e-2}
     raw = settings(model_folder("llama"), out, **changes)
-    summaries = run_ranks(2, train, raw, init=False)
+    summaries = run_ranks(2, train, raw)
     lines = metrics(out)
     assert summaries[0] == summaries[1]
     steps = [line for line in lines if "loss" in line]
@@ -98,7 +99,7 @@ def test_whole_run(model_folder, tmp_path):
 def test_adapter_loads_in_peft_and_gives_the_eval_loss(method, model_folder, tmp_path):
     out = tmp_path / "run"
     folder = model_folder("llama")
-    run_ranks(2, train, settings(folder, out, init__method=method), init=False)
+    run_ranks(2, train, settings(folder, out, init__method=method))
     last = metrics(out)[-1]
     assert last["eval_loss"] != metrics(out)[0]["eval_loss"]
     loss = peft_eval_loss(folder, out / "adapter", models.rows(21, seed=1), torch.float32)
@@ -116,7 +117,7 @@ def test_bf16_adapter_gives_the_eval_loss(method, tmp_path):
     out, demo = tmp_path / "run", Path("launch/demo")
     raw = settings(demo / "model", out, init__method=method, model__dtype="bf16", train__micro_batch_size=4)
     raw["data"] = {"train": str(demo / "data/train.jsonl"), "eval": str(demo / "data/eval.jsonl")}
-    run_ranks(2, train, raw, init=False)
+    run_ranks(2, train, raw)
     rows = [json.loads(line) for line in (demo / "data/eval.jsonl").read_text().splitlines()]
     gap = peft_eval_loss(demo / "model", out / "adapter", rows, torch.bfloat16) - metrics(out)[-1]["eval_loss"]
     print(f"bf16 {method}: PEFT's eval loss minus the run's: {gap:+.2e}")
@@ -131,7 +132,7 @@ def losses_by_ranks(model_folder, tmp_path_factory):
     found = {}
     for world_size in (1, 2, 3, 4):
         out = tmp_path_factory.mktemp("ranks") / str(world_size) / "run"
-        run_ranks(world_size, train, settings(model_folder("qwen2"), out, train__max_steps=20), init=False)
+        run_ranks(world_size, train, settings(model_folder("qwen2"), out, train__max_steps=20))
         found[world_size] = [line["loss"] for line in metrics(out) if "loss" in line]
     return found
 
@@ -143,10 +144,22 @@ def test_losses_do_not_depend_on_the_ranks(world_size, losses_by_ranks):
     assert len(losses_by_ranks[world_size]) == 20
 
 
+@pytest.mark.parametrize("hosts", ["aabb", *(pytest.param(h, marks=pytest.mark.full) for h in ("abcd", "aaab"))])
+def test_losses_have_the_same_bits_with_a_copy_of_the_base_on_each_host(hosts, model_folder, tmp_path):
+    losses = []
+    for shard_group, where in (("world", "aaaa"), ("node", hosts)):
+        changes = {"data__eval": None, "train__max_steps": 4, "deepspeed__shard_group": shard_group}
+        raw = settings(model_folder("qwen2"), tmp_path / where, **changes)
+        run_ranks(4, train, raw, hosts=where)
+        losses.append([(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / where) if "loss" in line])
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+
+
 def test_losses_do_not_depend_on_micro_batch_stage_and_checkpointing(model_folder, tmp_path, losses_by_ranks):
     changes = {"train__max_steps": 20, "train__micro_batch_size": 4, "model__gradient_checkpointing": "reentrant"}
     raw = settings(model_folder("qwen2"), tmp_path / "run", deepspeed__config="ds_configs/stage0.json", **changes)
-    run_ranks(2, train, raw, init=False)
+    run_ranks(2, train, raw)
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     # The init batch is dealt in other micro-batches too; its mean is over tokens all the same.
     assert losses == pytest.approx(losses_by_ranks[1], abs=1e-5, rel=0)
@@ -155,7 +168,7 @@ def test_losses_do_not_depend_on_micro_batch_stage_and_checkpointing(model_folde
 def test_first_loss_is_the_token_mean_of_the_global_batch(model_folder, tmp_path):
     """Plain LoRA leaves the model alone, so step 1 sees the pre-trained loss of the first global batch."""
     raw = settings(model_folder("llama"), tmp_path / "run", init__method="lora", train__max_steps=1)
-    run_ranks(3, train, raw, init=False)
+    run_ranks(3, train, raw)
     loss = next(line["loss"] for line in metrics(tmp_path / "run") if "loss" in line)
     tokenizer = models.tokenizer("llama")
     samples = []
@@ -172,7 +185,7 @@ def test_first_loss_is_the_token_mean_of_the_global_batch(model_folder, tmp_path
 def test_init_only_and_start_from_an_adapter(model_folder, tmp_path):
     folder = model_folder("llama")
     first, second, straight = (tmp_path / name for name in ("init", "continued", "straight"))
-    run_ranks(2, train, settings(folder, first, train__max_steps=0), init=False)
+    run_ranks(2, train, settings(folder, first, train__max_steps=0))
     assert sorted(path.name for path in first.iterdir()) == [
         "adapter_init",
         "config.yaml",
@@ -185,18 +198,18 @@ def test_init_only_and_start_from_an_adapter(model_folder, tmp_path):
     ]
     raw = settings(folder, second)
     raw["init"] = {"adapter": str(first / "adapter_init")}
-    run_ranks(2, train, raw, init=False)
-    run_ranks(2, train, settings(folder, straight), init=False)
+    run_ranks(2, train, raw)
+    run_ranks(2, train, settings(folder, straight))
     losses = [[line["loss"] for line in metrics(out) if "loss" in line] for out in (second, straight)]
     assert losses[0] == losses[1], "the same bits: the adapter is fp32 on disk"
 
 
 def test_given_adapter_must_fit(model_folder, tmp_path):
     folder = model_folder("llama")
-    run_ranks(1, train, settings(folder, tmp_path / "init", train__max_steps=0), init=False)
+    run_ranks(1, train, settings(folder, tmp_path / "init", train__max_steps=0))
     raw = settings(folder, tmp_path / "other", lora__r=8, lora__target_modules=["q_proj", "v_proj"])
     raw["init"] = {"adapter": str(tmp_path / "init" / "adapter_init")}
-    message = run_ranks(1, refused, raw, init=False)[0]
+    message = run_ranks(1, refused, raw)[0]
     assert "r is 4, the run's is 8" in message
     assert "must be (8, 32)" in message
     assert "40 of its tensors belong to no target" in message
@@ -231,16 +244,24 @@ def refused(raw: dict) -> str:
     ],
 )
 def test_refused_before_a_weight_is_read(changes, expected, model_folder, tmp_path):
-    for message in run_ranks(2, refused, settings(model_folder("llama"), tmp_path / "run", **changes), init=False):
+    for message in run_ranks(2, refused, settings(model_folder("llama"), tmp_path / "run", **changes)):
         assert expected in message
     assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_base_that_hosts_cannot_share_is_refused_before_a_weight_is_read(model_folder, tmp_path):
+    folder = changed(model_folder("llama"), tmp_path, rename)
+    raw = settings(folder, tmp_path / "run", deepspeed__shard_group="node")
+    for message in run_ranks(2, refused, raw, hosts="ab"):
+        assert "failed while checking the model: deepspeed.shard_group = node: needs tensors that" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_used_output_folder_is_refused(model_folder, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "precious").write_text("x")
-    for message in run_ranks(2, refused, settings(model_folder("llama"), out), init=False):
+    for message in run_ranks(2, refused, settings(model_folder("llama"), out)):
         assert "exists and is not empty" in message
     assert [path.name for path in out.iterdir()] == ["precious"]
 
@@ -264,7 +285,7 @@ def one_rank_cannot_read(raw):
 
 def test_data_that_one_rank_cannot_read_stops_all(model_folder, tmp_path):
     raw = settings(model_folder("llama"), tmp_path / "run")
-    for message in run_ranks(2, one_rank_cannot_read, raw, init=False):
+    for message in run_ranks(2, one_rank_cannot_read, raw):
         assert message.startswith("rank 1 on")
         assert message.endswith("stale file handle")
 
@@ -298,7 +319,7 @@ def one_rank_fails(raw, module, function):
 )
 def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing, model_folder, tmp_path):
     raw = settings(model_folder("llama"), tmp_path / "run")
-    for message in run_ranks(2, one_rank_fails, raw, module, function, init=False):
+    for message in run_ranks(2, one_rank_fails, raw, module, function):
         assert message.startswith("rank 1 on")
         assert f"failed while {doing}: OSError: stale file handle" in message
 
@@ -306,7 +327,7 @@ def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing,
 def test_pattern_that_finds_no_answer_is_refused(model_folder, tmp_path):
     raw = settings(model_folder("llama"), tmp_path / "run", train__exact_match_samples=3)
     raw["train"]["exact_match_pattern"] = "answer is (.*)"
-    for message in run_ranks(1, refused, raw, init=False):
+    for message in run_ranks(1, refused, raw):
         assert "finds no answer in the completion of evaluation row 0" in message
 
 
@@ -317,7 +338,7 @@ def test_micro_batch_mean_does_not_depend_on_the_halves(model_folder, tmp_path):
         out = tmp_path / str(halves)
         raw = settings(folder, out, init__average="micro_batch", init__halves=halves, train__max_steps=0)
         raw["train"]["micro_batch_size"] = 3
-        run_ranks(2, train, raw, init=False)
+        run_ranks(2, train, raw)
         report = json.loads((out / "init_report.json").read_text())
         losses.append(report["loss_before"])
         assert (report["layers"][0]["half_overlap"] is not None) == halves
