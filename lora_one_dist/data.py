@@ -7,6 +7,7 @@ tensors.  Runs on any rank, not collective.  Peak memory: 1000 rows, and 40 byte
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -17,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -35,6 +37,14 @@ class DataError(ValueError):
     """Bad data: where (file and line, or row) and value, rule, remedy."""
 
 
+class _RowError(DataError):
+    """A row that does not fit, by its number: whoever knows where the rows come from names the place."""
+
+    def __init__(self, row: int, problem: str):
+        super().__init__(f"row {row} (the first is 0): {problem}")
+        self.row, self.problem = row, problem
+
+
 @dataclass(frozen=True)
 class TokenData:
     """Samples to train on, as many as ``len()``, and what became of the rows that came in."""
@@ -45,6 +55,7 @@ class TokenData:
     num_without_targets: int  # dropped: no token of theirs carries a loss
     num_tokens: int  # in `dataset`
     num_targets: int  # in `dataset`: labels[1:] != -100, the tokens that are predicted
+    rows: np.ndarray  # (len,) int64: the row that each sample was, counted before any was dropped; see `place_of`
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,6 +83,45 @@ def load_rows(source: str | list[str], split: str, max_samples: int | None) -> D
             remedy = f"Check name, split and network, or give files ending in {', '.join(DATA_SUFFIXES)}"
             raise DataError(f"{sources[0]}, split {split}: cannot be loaded: {_cause(error)}. {remedy}.") from error
     return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+
+
+def place_of(source: str | list[str], row: int) -> str:
+    """Where row ``row`` (from 0) of `load_rows` of ``source`` is: 'file, line N', 'file, record N' (both from 1).
+
+    Lines for JSONL; records for JSON arrays, CSV (its header is none) and Parquet.  Reads the files again: for errors.
+    Rows of a data set, and of files that are no longer what they were, keep their number.
+    """
+    sources, left = [source] if isinstance(source, str) else source, row
+    unknown = f"{', '.join(sources)}, row {row} (the first is 0)"
+    if len(sources) == 1 and Path(sources[0]).suffix not in DATA_SUFFIXES:
+        return unknown
+    try:
+        for path in sources:
+            count = len(_load_file(path))
+            if left < count:
+                lines = _row_lines(path) if Path(path).suffix in (".jsonl", ".json") else []
+                return f"{path}, line {lines[left]}" if len(lines) == count else f"{path}, record {left + 1}"
+            left -= count
+    except (DataError, OSError):
+        pass
+    return unknown
+
+
+def _row_lines(path: str) -> list[int]:
+    """Numbers of the lines that hold something; none if the file is one JSON array."""
+    held = [(number, line.lstrip()[:1]) for number, line in enumerate(_lines(path), start=1) if line.strip()]
+    return [] if held[0][1] == "[" else [number for number, _ in held]
+
+
+@contextlib.contextmanager
+def _placing(source: str | list[str] | None) -> Iterator[None]:
+    """An error about a row of ``source`` names the file and the line."""
+    try:
+        yield
+    except _RowError as error:
+        if source is None:
+            raise
+        raise DataError(f"{place_of(source, error.row)}: {error.problem}") from error
 
 
 def _load_file(path: str) -> Dataset:
@@ -149,8 +199,12 @@ def _find_bad_json(path: str) -> str:
     return path
 
 
-def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenData:
+def tokenize(
+    rows: Dataset, tokenizer: Tokenizer, config: DataConfig, source: str | list[str] | None = None
+) -> TokenData:
     """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
+
+    ``source``: where `load_rows` read the rows, to name the place of a bad one.
 
     Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
     template that rewrites earlier turns, or no row with a target.
@@ -160,20 +214,21 @@ def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenDa
     if config.format == "chat" and not tokenizer.chat_template:
         value = f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which it needs"
         raise DataError(f"{value}. Take the instruction-tuned model's tokenizer, or use data.format completion.")
-    columns = _columns(rows, config)
+    columns = _columns(rows, config, source)
     settings = DataConfig(train="", **config.model_dump(include=TOKEN_FIELDS))
     # `datasets` hashes a module's function by its name only: without this an edit here would meet stale results.
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     counts = dict.fromkeys(("prompt_length", "num_targets", "uncut_length"), Value("int64"))
-    mapped = rows.select_columns(columns).map(
-        _encode_rows,
-        batched=True,
-        with_indices=True,
-        remove_columns=columns,
-        features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
-        fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
-        desc="tokenize",
-    )
+    with _placing(source):
+        mapped = rows.select_columns(columns).map(
+            _encode_rows,
+            batched=True,
+            with_indices=True,
+            remove_columns=columns,
+            features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
+            fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
+            desc="tokenize",
+        )
     targets, lengths = (mapped.data.column(name).to_numpy() for name in ("num_targets", "uncut_length"))
     kept, truncated = targets > 0, lengths > config.max_length
     if not kept.any():
@@ -182,19 +237,25 @@ def tokenize(rows: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenDa
     dataset = mapped.remove_columns("uncut_length")
     dataset = dataset if kept.all() else dataset.select(kept.nonzero()[0])
     dropped, num_tokens = int((~kept).sum()), int(lengths[kept].clip(max=config.max_length).sum())
-    return TokenData(dataset, len(rows), int(truncated.sum()), dropped, num_tokens, int(targets.sum()))
+    numbers = kept.nonzero()[0].astype(np.int64)
+    return TokenData(dataset, len(rows), int(truncated.sum()), dropped, num_tokens, int(targets.sum()), numbers)
 
 
 def load_eval_prompts(
-    rows: Dataset, tokenizer: Tokenizer, config: DataConfig, indices: Iterable[int]
+    rows: Dataset,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    indices: Iterable[int],
+    source: str | list[str] | None = None,
 ) -> list[tuple[list[int], str]]:
     """(ids of the prompt alone, as generation sees it, and text of the completion) of rows of format completion.
 
     Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
     """
-    rows, prompts = rows.select_columns(_columns(rows, config)), []
+    rows, prompts = rows.select_columns(_columns(rows, config, source)), []
     for index in indices:
-        whole, prompt = _texts(rows[index], index, tokenizer, config)
+        with _placing(source):
+            whole, prompt = _texts(rows[index], index, tokenizer, config)
         ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
         if ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
@@ -202,13 +263,14 @@ def load_eval_prompts(
     return prompts
 
 
-def _columns(rows: Dataset, config: DataConfig) -> list[str]:
+def _columns(rows: Dataset, config: DataConfig, source: str | list[str] | None) -> list[str]:
     """The columns that the format reads, all of them present."""
     template = config.prompt + config.completion
     named = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)
     columns = {"completion": list(named), "chat": [config.messages], "text": [config.text]}[config.format]
     if missing := [name for name in columns if name not in rows.column_names]:
-        value = f"data.format = {config.format}: reads columns {missing}, the data has {rows.column_names}"
+        where = "the data" if source is None else source if isinstance(source, str) else source[0]
+        value = f"data.format = {config.format}: reads columns {missing}, {where} has {rows.column_names}"
         raise DataError(f"{value}. Name its columns in data.prompt and data.completion, data.messages or data.text.")
     return columns
 
@@ -244,7 +306,7 @@ def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfi
         return [row[config.text]]
     except (TemplateError, LookupError, ValueError, TypeError) as error:
         remedy = "" if isinstance(error, DataError) else ": the template cannot take the row. Mend one of them"
-        raise DataError(f"row {index} (the first is 0): {error}{remedy}.") from error
+        raise _RowError(index, f"{error}{remedy}.") from error
 
 
 def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:

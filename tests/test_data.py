@@ -22,6 +22,7 @@ from lora_one_dist.data import (
     load_eval_prompts,
     load_rows,
     load_tokenizer,
+    place_of,
     steps_per_epoch,
     tokenize,
 )
@@ -378,6 +379,64 @@ def test_a_bad_row_is_named(tmp_path, tokenizer, name):
     rows = load_rows(write(tmp_path / "rows.jsonl", [good, good | row]), "", None)
     with pytest.raises(DataError, match=message):
         tokenize(rows, tokenizer, config(**settings))
+
+
+def placed(path, suffix):
+    """Two good rows, blank lines where the format has them, then a row without a completion; and its place."""
+    path = path / f"rows{suffix}"
+    good, bad = {"prompt": "q", "completion": "r"}, {"prompt": "q", "completion": None}
+    if suffix == ".parquet":
+        dataset(good, good, bad).to_parquet(path)
+    elif suffix == ".json":
+        path.write_text(json.dumps([good, good, bad], indent=1), encoding="utf-8")
+    else:
+        lines = [json.dumps(row) for row in (good, good, bad)]
+        path.write_text("\n".join(["", lines[0], "", " ", *lines[1:]]), encoding="utf-8")
+    return str(path), f"{path}, {'line 6' if suffix == '.jsonl' else 'record 3'}"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_bad_row_is_named_by_its_place_in_its_file(tmp_path, tokenizer, suffix, before):
+    path, place = placed(tmp_path, suffix)
+    source = [write(tmp_path / f"{i}.jsonl", [{"prompt": "q", "completion": "r"}] * 3) for i in range(before)] + [path]
+    rows = load_rows(source, "", None)
+    message = f"{place}: columns ['completion'] are null or missing. Fill them, or take the row out."
+    for call in (
+        lambda: tokenize(rows, tokenizer, config(), source),
+        lambda: load_eval_prompts(rows, tokenizer, config(), range(len(rows)), source),
+    ):
+        with pytest.raises(DataError) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+def test_place_of_every_row_of_several_files(tmp_path):
+    paths = [str(tmp_path / name) for name in ("1.csv", "2.jsonl", "3.json", "4.json")]
+    Path(paths[0]).write_text('q,a\none,1\n\n"two\nlines",2\n', encoding="utf-8")
+    Path(paths[1]).write_text('\n{"q": "x", "a": "1"}\r\n\n\n{"q": "x", "a": "1"}', encoding="utf-8")
+    Path(paths[2]).write_text('{"q": "x", "a": "1"}\n\n{"q": "x", "a": "1"}\n', encoding="utf-8")
+    Path(paths[3]).write_text('\n[{"q": "x", "a": "1"},\n{"q": "x", "a": "1"}]', encoding="utf-8")
+    places = ["record 1", "record 2", "line 2", "line 5", "line 1", "line 3", "record 1", "record 2"]
+    expected = [f"{paths[i // 2]}, {place}" for i, place in enumerate(places)]
+    assert len(load_rows(paths, "", None)) == len(places)
+    assert [place_of(paths, row) for row in range(len(places))] == expected
+    assert place_of(paths, 8) == f"{', '.join(paths)}, row 8 (the first is 0)"
+
+
+def test_place_of_a_row_that_is_in_no_file(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    assert place_of("org/name", 3) == "org/name, row 3 (the first is 0)"
+    Path(path).unlink()
+    assert place_of(path, 1) == f"{path}, row 1 (the first is 0)", "an error must not hide another"
+
+
+def test_samples_know_their_rows(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q" * n, "completion": "r"} for n in (9, 1, 9, 2, 9)])
+    data = tokenize(load_rows(path, "", None), tokenizer, config(max_length=5), path)
+    assert data.rows.tolist() == [1, 3]
+    assert data.rows.dtype == "int64"
+    assert [place_of(path, row) for row in data.rows] == [f"{path}, line 2", f"{path}, line 4"]
 
 
 def test_a_template_that_refuses_a_chat_names_the_row():
