@@ -5,7 +5,8 @@
     srun python launch/train.py --config ...
     python launch/train.py --config ...            (one process)
 
-Exits 2 and prints every problem of a bad config before anything is loaded.
+Exits 0 at the end of the run; 2 with every problem of a bad config, before anything is loaded; 75 if a signal asked it
+to stop and everything is saved, so that the same command goes on; 1 on a failure.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a 
 from lora_one_dist.config import ConfigError, load_config
 
 EXIT_BAD_CONFIG = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
 
 
@@ -45,11 +47,15 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from lora_one_dist import comm  # imports torch: seconds that a bad config need not wait for
 
+    code = 0
     try:
         comm.init(config.comm)
         from lora_one_dist import train  # slow and large: from here on a failure reaches all ranks
 
-        train.run(config)
+        try:
+            train.run(config)
+        except train.Stopped:
+            code = EXIT_STOPPED
         comm.shutdown()
     except Exception as error:
         comm.fail(error)
@@ -57,7 +63,7 @@ def main() -> int:
     # a finished process ("terminate called without an active exception"), which launchers report as a failed job.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,125 +1,420 @@
-"""Adapters on disk, as PEFT folders.
+"""Checkpoints: all that a run needs to go on, at any number of ranks.
 
-In: adapters (the same on every rank).  Out: ``adapter_config.json`` and ``adapter_model.safetensors`` that
-``PeftModel.from_pretrained`` loads on the untouched base.  Written by one rank into a temporary folder that is renamed
-when whole; nothing here is collective.
+In: adapters and optimizer, in whatever layout the ranks have.  Out, and back in::
+
+    checkpoints/
+      latest                                name of the newest
+      best.json                             step and eval loss of the best
+      step-40/
+        adapter/                            PEFT folder, loads on the untouched base
+        optimizer-00000-of-00002.safetensors  fp32 masters and moments of the layers that a rank owned, by name
+        state.json                          step, data position, schedule, seed, config, fingerprints, versions
+        manifest.json                       size and hash of every file
+      init-1-of-4/                          initial pairs of a layer group, until step 0 is saved
+
+The frozen base is never written.  Random numbers are functions of (seed, purpose, step, rank), and the order of the
+data of (seed, step), so that the seed and the step are their whole state.  Every rank writes what it owns, at once:
+``(4 + 8) P / world_size`` bytes with AdamW for P adapter parameters, and rank 0 the adapter, ``w P`` bytes (w bytes an
+element; ``8 P`` where the method changed the base).  The same number of bytes is held for a moment in host memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from peft import LoraConfig as PeftLoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save as encode_tensors
 
-from lora_one_dist.config import Config
-from lora_one_dist.initialize import Pairs
-from lora_one_dist.model import Adapter, Target, peft_config
+from lora_one_dist import adapters, comm, folders
+from lora_one_dist.config import COMPENSATED_METHODS, CheckpointConfig, Config
+from lora_one_dist.initialize import Initialisation
+from lora_one_dist.model import Target
+from lora_one_dist.optim import LayerShardedOptimizer
 
-PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
+FORMAT = 1
+STATE = "state.json"
+STEP = re.compile(r"step-(\d+)")
+RUN = "run.json"  # of the run folder: what makes it one
+LOCK = ".lock"  # held while a job writes there
+ROOM = 2  # checkpoints that must fit on the disk: the newest stays until the next is whole
+
+# Settings that a run keeps: to change one is to start another run. Those not listed may change, and the change is
+# logged. What `data` and `model.path` mean is compared by content, `lora.target_modules` by the layers it names.
+KEPT = (
+    "model.dtype",
+    "lora.r",
+    "lora.alpha",
+    "lora.use_rslora",
+    "init.method",
+    "init.adapter",
+    "init.num_samples",
+    "init.average",
+    "init.gamma",
+    "optim.name",
+    "optim.preconditioner",
+    "train.global_batch_size",
+    "train.seed",
+)
+# Where things lie, or what is measured: not worth a line when it changes.
+UNLOGGED = ("model.path", "data", "lora.target_modules", "output_dir", "resume", "init")
 
 
-class AdapterError(ValueError):
-    """A PEFT folder that does not fit the run: value, rule, remedy."""
+class CheckpointError(ValueError):
+    """A checkpoint or run folder that this run cannot go on from: value, rule, remedy."""
 
 
-def export(
-    folder: Path, config: Config, adapters: Sequence[Adapter], targets: Sequence[Target], initial: Pairs | None
-) -> None:
-    """Write the adapters as they are now.  Call on one rank.
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint of this run."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+
+def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any) -> dict[str, Any]:
+    """What a run is: its settings, layers, and the fingerprints of base, training and evaluation data.  Pure."""
+    layers = [[target.name, target.m, target.n] for target in targets]
+    # Through JSON, as it will be read back.
+    return json.loads(
+        json.dumps(
+            {
+                "config": config.model_dump(mode="json"),
+                "targets": layers,
+                "base": base,
+                "train_data": train,
+                "eval_data": evaluation,
+            }
+        )
+    )
+
+
+def refuse_used_folder(root: Path, resume: str) -> None:
+    """Raise CheckpointError if the folder holds anything but a run to go on with.  Not collective."""
+    if not root.exists():
+        return
+    remedy = "Give another folder, or remove this one."
+    if not root.is_dir():
+        raise CheckpointError(f"output_dir = {root}: is not a folder. Give another path.")
+    if all(path.name == LOCK or path.match(".*.partial") for path in root.iterdir()):
+        return  # a start that failed before it wrote anything
+    if not (root / RUN).is_file():
+        raise CheckpointError(f"output_dir = {root}: exists and is not empty, and holds no run. {remedy}")
+    if resume == "never":
+        raise CheckpointError(f"output_dir = {root}: holds a run, and resume is never. {remedy}")
+
+
+def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> None:
+    """Raise CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
+    place = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    needed, free = ROOM * size_bytes(config, targets), shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(
+            f"output_dir = {root}: {free / 2**20:.0f} MiB are free, {ROOM} checkpoints take {needed / 2**20:.0f} MiB. "
+            "Make room, give another folder, or lower lora.r."
+        )
+
+
+def size_bytes(config: Config, targets: Sequence[Target]) -> int:
+    """Bytes of one checkpoint, but for some kB of text.  Pure."""
+    parameters = sum(config.lora.r * (target.m + target.n) for target in targets)
+    working = 8 if compensated(config) else {"fp32": 4, "bf16": 2}[config.model.dtype]
+    return parameters * (working + (12 if config.optim.name == "adamw" else 4))
+
+
+def compensated(config: Config) -> bool:
+    """Does the run's initialisation change the base?  Pure."""
+    return config.init.adapter is None and config.init.method in COMPENSATED_METHODS
+
+
+def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None, list[str]]:
+    """The checkpoint to go on from, None to start anew, and lines to tell the user.  Collective.
+
+    The newest whole one of the run's own folder; if it has none at all, the one that ``resume`` names.
 
     Args:
-        initial: A0, B0 as set, for methods that changed the base: the export then has rank 2r and fp32,
-            ``lora_A = [A; A0]``, ``lora_B = [B | -B0]``, and the same scale s, so that it holds on the untouched base:
-            ``W + s (B A - B0 A0)``.  None for methods that did not.
-    """
-    lora = config.lora
-    if initial is None:
-        pairs = {a.target.name: (a.A.detach(), a.B.detach()) for a in adapters}
-        description = peft_config(lora, targets, config.model.path)
-    else:
-        pairs = {}
-        for a in adapters:
-            # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
-            A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
-            pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
-        # s must stay: alpha / r is kept by doubling alpha with r, alpha / sqrt(r) by sqrt(2).
-        alpha = lora.alpha * (math.sqrt(2) if lora.use_rslora else 2)
-        description = peft_config(lora, targets, config.model.path, r=2 * lora.r, lora_alpha=alpha)
-    write_adapter(folder, description, pairs, targets)
-
-
-def write_adapter(folder: Path, description: PeftLoraConfig, pairs: Pairs, targets: Sequence[Target]) -> None:
-    """Check every shape, write beside the final place, rename.  Replaces an older adapter of the same name."""
-    tensors = {}
-    for target in targets:
-        A, B = pairs[target.name]
-        expected = ((description.r, target.n), (target.m, description.r))
-        assert (tuple(A.shape), tuple(B.shape)) == expected, f"{target.name}: shapes {A.shape}, {B.shape}, {expected}"
-        for side, tensor in (("A", A), ("B", B)):
-            tensors[f"{PREFIX}{target.name}.lora_{side}.weight"] = tensor.detach().cpu().contiguous()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    description.inference_mode = True
-    description.save_pretrained(str(partial))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pairs:
-    """Pairs (A (r, n), B (m, r)) of a PEFT folder, fp32, strictly those of the targets.  Not collective.
+        root: the run folder.
+        own: this run's :func:`identity`.
 
     Raises:
-        AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference.
+        RankError, CheckpointError: on all ranks: it is another run's; or none is whole; or the one named is not.
     """
-    try:
-        described = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise AdapterError(
-            f"init.adapter = {folder}: its adapter_config.json cannot be read: {error}. Copy it again."
-        ) from error
-    lora = config.lora
-    problems = []
-    for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
-        found = described.get(key, False)  # an exported alpha may hold a factor sqrt(2)
-        if not (isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-6)):
-            problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if described.get(key):
-            problems.append(f"{key} is {described[key]}, which is not supported")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise AdapterError(f"init.adapter = {folder}: holds no adapter_model.safetensors. Save it as such.")
-    try:
-        with safe_open(path, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"init.adapter = {folder}: {path.name} is damaged: {error}. Copy it again.") from error
-    known = {f"{PREFIX}{target.name}.lora_{side}.weight" for target in targets for side in "AB"}
-    extra = sorted(set(tensors) - known)
-    if extra:
-        problems.append(f"{len(extra)} of its tensors belong to no target, e.g. {extra[0]}")
-    pairs = {}
-    for target in targets:
-        names = [f"{PREFIX}{target.name}.lora_{side}.weight" for side in "AB"]
-        found = [tensors.get(name) for name in names]
-        wanted_shapes = [(lora.r, target.n), (target.m, lora.r)]
-        for name, tensor, shape in zip(names, found, wanted_shapes, strict=True):
-            if tensor is None:
-                problems.append(f"{name} is missing")
-            elif tuple(tensor.shape) != shape:
-                problems.append(f"{name} is {tuple(tensor.shape)}, must be {shape}")
-        if found[0] is not None and found[1] is not None:
-            pairs[target.name] = (found[0], found[1])
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
-    return pairs
+    newest_first = comm.all_gather_object(_steps(root / "checkpoints"))[0]
+    named = Path(resume) if resume not in ("auto", "never") else None
+    if named is not None and newest_first:
+        own_folder = named.resolve().parent == (root / "checkpoints").resolve()
+        if own_folder and named.name != newest_first[0]:
+            raise CheckpointError(
+                f"resume = {resume}: the run has gone on to {newest_first[0]} since. To branch off there give another "
+                "output_dir; to go on, resume: auto."
+            )
+    notes: list[str] = []
+    for name in newest_first:
+        state, fault = _read(root / "checkpoints" / name)
+        if fault is None:
+            return _accept(root / "checkpoints" / name, state, own, notes)
+        notes.append(f"{name} is skipped: {fault}")
+    if newest_first:
+        listed = "; ".join(notes)
+        raise CheckpointError(
+            f"output_dir = {root}: no checkpoint is whole: {listed}. Mend one, or start over in another output_dir."
+        )
+    if named is not None:
+        state, fault = _read(named)
+        if fault is not None:
+            raise CheckpointError(f"resume = {resume}: {fault}. Give another checkpoint, or resume: auto.")
+        return _accept(named, state, own, notes)
+    with comm.all_or_none("checking the output folder"):
+        if comm.rank() == 0:
+            _refuse_other_run(root, own)
+    return None, notes
+
+
+def _steps(checkpoints: Path) -> list[str]:
+    """Names of the checkpoints there, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    names = [path.name for path in checkpoints.iterdir() if STEP.fullmatch(path.name)]
+    return sorted(names, key=_step_of, reverse=True)
+
+
+def _step_of(name: str) -> int:
+    found = STEP.fullmatch(name)
+    assert found is not None, f"{name} is no checkpoint's name"
+    return int(found.group(1))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """State of a checkpoint, and what is wrong with it or None.  Collective."""
+    fault, state = folders.fault(folder), {}
+    if fault is None and comm.rank() == 0:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            fault = f"{folder / STATE} has format {state.get('format')}, this version reads {FORMAT}"
+        elif "step" not in state:
+            fault = f"{folder} is no checkpoint but a part of an initialisation"
+        elif STEP.fullmatch(folder.name) and state["step"] != _step_of(folder.name):
+            fault = f"{folder / STATE} holds step {state['step']}: the folder was renamed, or is another one's"
+    return comm.all_gather_object((state, fault))[0]
+
+
+def _accept(folder: Path, state: dict[str, Any], own: Mapping[str, Any], notes: list[str]) -> tuple[Found, list[str]]:
+    refused, changed = differences(state["identity"], own)
+    if refused:
+        raise CheckpointError(
+            f"{folder} is of another run: {'; '.join(refused)}. Set them back, or give another output_dir."
+        )
+    return Found(folder, state["step"], state), [*notes, *changed]
+
+
+def _refuse_other_run(root: Path, own: Mapping[str, Any]) -> None:
+    """A run folder without a checkpoint may be begun again, but only by the same run."""
+    if not (root / RUN).is_file():
+        return
+    refused, _ = differences(json.loads((root / RUN).read_text(encoding="utf-8"))["identity"], own)
+    if refused:
+        raise CheckpointError(
+            f"output_dir = {root}: holds another run: {'; '.join(refused)}. Give another folder, or remove this one."
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two runs' identities: what makes them two, and what may change within one.  Pure."""
+    refused, changed = [], []
+    was, is_ = flatten(before["config"]), flatten(now["config"])
+    for key in sorted(was.keys() | is_.keys()):
+        old, new = was.get(key), is_.get(key)
+        if old == new:
+            continue
+        if key in KEPT:
+            refused.append(f"{key} is {new}, was {old}")
+        elif not any(key == name or key.startswith(f"{name}.") for name in UNLOGGED):
+            changed.append(f"{key} is now {new}, was {old}")
+    old_layers, new_layers = ({name: (m, n) for name, m, n in run["targets"]} for run in (before, now))
+    if old_layers != new_layers:
+        names = sorted(
+            name for name in old_layers.keys() | new_layers.keys() if old_layers.get(name) != new_layers.get(name)
+        )
+        refused.append(
+            f"lora.target_modules names {len(new_layers)} layers, were {len(old_layers)}; {names[0]} differs"
+        )
+    for what, key in (("the base", "base"), ("the training data", "train_data")):
+        parts = [part for part in now[key] if before[key].get(part) != now[key][part]]
+        if parts:
+            shown = ", ".join(f"{part} {now[key][part]!s:.12}, was {before[key].get(part)!s:.12}" for part in parts)
+            refused.append(f"{what} is another one ({shown})")
+    if before["eval_data"] != now["eval_data"]:
+        changed.append("the evaluation data is another one: the best checkpoint so far is forgotten")
+    return refused, changed
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` to ``{"a.b": 1}``.  Pure."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def load_optimizer(folder: Path, optimizer: LayerShardedOptimizer, step: int) -> None:
+    """Fill this rank's masters and moments from the files of however many ranks, and go on from there.  Collective."""
+    with comm.all_or_none("reading the checkpoint"):
+        wanted = optimizer.state()
+        for name in sorted(folders.read_manifest(folder)):
+            if not name.startswith("optimizer-"):
+                continue
+            with safe_open(folder / name, framework="pt") as reader:
+                for key in set(reader.keys()) & wanted.keys():
+                    value, place = reader.get_tensor(key), wanted.pop(key)
+                    assert value.shape == place.shape, f"{key}: {tuple(value.shape)}, must be {tuple(place.shape)}"
+                    place.copy_(value)
+        if wanted:
+            raise CheckpointError(f"{folder}: holds nothing for {next(iter(wanted))}. Take another checkpoint.")
+    optimizer.resume(step)
+
+
+class Store:
+    """The checkpoints of one run.  Construct and call on every rank."""
+
+    def __init__(self, root: Path, settings: CheckpointConfig, own: Mapping[str, Any]):
+        self.root = root / "checkpoints"
+        self.settings = settings
+        self.identity = own
+        self.newest: int | None = None
+        self.best: dict[str, Any] | None = None
+
+    def open(self, found: Found | None) -> None:
+        """Make the folder, remove what was left half-done, and set aside what is newer than ``found``.  Collective."""
+
+        def prepare() -> dict[str, Any] | None:
+            if comm.rank() != 0:
+                return None
+            self.root.mkdir(parents=True, exist_ok=True)
+            folders.clear(self.root)
+            for name in _steps(self.root):
+                if found is not None and _step_of(name) > found.step:  # damaged, or found would not be older
+                    aside = self.root / f"{name}.damaged"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.root / name).rename(aside)
+            return self._read_best(found)
+
+        with comm.all_or_none("opening the checkpoints"):
+            best = prepare()
+        self.best = comm.all_gather_object(best)[0]
+        self.newest = found.step if found is not None and found.folder.parent == self.root else None
+
+    def _read_best(self, found: Found | None) -> dict[str, Any] | None:
+        path = self.root / "best.json"
+        if found is None or found.state["identity"]["eval_data"] != self.identity["eval_data"] or not path.is_file():
+            return None
+        best = json.loads(path.read_text(encoding="utf-8"))
+        return best if (self.root / f"step-{best['step']}").is_dir() else None
+
+    def save(
+        self, step: int, adapter: Mapping[str, bytes], optimizer: LayerShardedOptimizer, state: Mapping[str, Any]
+    ) -> None:
+        """Write ``step-N`` and remove what is no longer kept.  Collective.
+
+        Args:
+            adapter: files of the PEFT folder, on rank 0 alone.
+            state: what else ``state.json`` shall hold.
+
+        Raises:
+            RankError: on all ranks; the older checkpoints are as they were.
+        """
+        if step == self.newest:
+            return
+        rank, world_size = comm.rank(), comm.world_size()
+        own = {f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": encode_tensors(optimizer.state())}
+        if rank == 0:
+            own |= {f"adapter/{name}": content for name, content in adapter.items()}
+            whole = {"format": FORMAT, "step": step, **state, "world_size": world_size, "identity": self.identity}
+            own[STATE] = (json.dumps(whole, indent=1) + "\n").encode()
+        folders.write(self.root / f"step-{step}", own, self.settings.timeout_seconds)
+        self.newest = step
+        folders.on_all("removing old checkpoints", lambda: self._tidy(step), self.settings.timeout_seconds)
+
+    def _tidy(self, step: int) -> None:
+        """``latest`` follows; what is neither among the last ones nor the best goes, and so do the layer groups."""
+        if comm.rank() != 0:
+            return
+        folders.replace_file(self.root / "latest", f"step-{step}\n")
+        kept = {f"step-{self.best['step']}"} if self.best is not None else set()
+        for name in _steps(self.root)[self.settings.keep_last :]:
+            if name not in kept:
+                folders.remove(self.root / name)
+        for group in self.root.glob("init-*-of-*"):
+            folders.remove(group)
+
+    def is_best(self, loss: float) -> bool:
+        """Is this eval loss lower than that of every checkpoint so far?  Not collective; the same on all ranks."""
+        return math.isfinite(loss) and (self.best is None or loss < self.best["eval_loss"])
+
+    def set_best(self, step: int, loss: float) -> None:
+        """``step-N``, which is saved, is the best so far.  Collective."""
+        self.best = {"step": step, "eval_loss": loss}
+        text = json.dumps(self.best) + "\n"
+
+        def point() -> None:
+            if comm.rank() == 0:
+                folders.replace_file(self.root / "best.json", text)
+
+        folders.on_all("noting the best checkpoint", point, self.settings.timeout_seconds)
+
+    def save_group(self, name: str, part: Initialisation, owned: set[str]) -> None:
+        """Keep the initial pairs of a layer group, of which this rank owns some.  Collective."""
+        tensors = {
+            f"{layer}.lora_{side}": tensor.contiguous()
+            for layer in owned
+            for side, tensor in zip("AB", part.pairs[layer], strict=True)
+        }
+        own = {f"pairs-{comm.rank():05d}-of-{comm.world_size():05d}.safetensors": encode_tensors(tensors)}
+        if comm.rank() == 0:
+            content = {"format": FORMAT, "rows": part.rows, "loss": part.loss, "identity": self.identity}
+            own[STATE] = (json.dumps(content, indent=1) + "\n").encode()
+        folders.write(self.root / name, own, self.settings.timeout_seconds)
+
+    def load_group(self, name: str) -> tuple[Initialisation | None, str | None]:
+        """A layer group that was kept, or None and, if there is one that cannot be used, why.  Collective."""
+        folder = self.root / name
+        if not comm.all_gather_object(folder.is_dir())[0]:
+            return None, None
+        fault, state = folders.fault(folder), {}
+        if fault is None and comm.rank() == 0:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            refused, _ = differences(state["identity"], self.identity)
+            fault = "; ".join(refused) or None
+        state, fault = comm.all_gather_object((state, fault))[0]
+        if fault is not None:
+            with comm.all_or_none("removing a damaged layer group"):
+                if comm.rank() == 0:
+                    folders.remove(folder)
+            return None, f"{name} is computed again: {fault}"
+        part = Initialisation(rows=state["rows"], loss=state["loss"])
+        for row in part.rows:
+            if "coverage" in row:  # JSON has no keys but strings
+                row["coverage"] = {int(rank): share for rank, share in row["coverage"].items()}
+        with comm.all_or_none("reading a layer group"):
+            for path in sorted(folder.glob("pairs-*.safetensors")):
+                with safe_open(path, framework="pt") as reader:
+                    for key in reader.keys():  # noqa: SIM118
+                        if key.endswith(".lora_A"):
+                            layer = key.removesuffix(".lora_A")
+                            pair = (reader.get_tensor(key), reader.get_tensor(f"{layer}.lora_B"))
+                            part.pairs[layer] = (pair[0].to(comm.device()), pair[1].to(comm.device()))
+        return part, None
+
+
+def initial_pairs(found: Found, config: Config, targets: Sequence[Target]) -> adapters.Pairs | None:
+    """A0 and B0 as they were set, where they are part of what changed the base.  Not collective."""
+    return adapters.initial_pairs_of(found.folder / "adapter", config.lora.r, targets) if compensated(config) else None

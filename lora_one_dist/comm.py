@@ -240,6 +240,16 @@ def set_timeout(seconds: float) -> None:
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def accept_stop() -> None:
+    """From now on SIGTERM, like SIGUSR1, asks for a stop instead of ending the job.  Not collective."""
+    _get_state().watch.accepts_stop = True
+
+
+def stop_asked() -> bool:
+    """Has a signal asked this rank to stop?  Not collective: the ranks must agree before they act on it."""
+    return _get_state().watch.stop_asked
+
+
 def shutdown() -> None:
     """Leave the process group, all together."""
     global _state

@@ -84,6 +84,8 @@ class ModelConfig(_Group):
     """Recompute each block in backward: activation memory of one block instead of all."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
+    allow_pickle: bool = False
+    """Read pytorch_model*.bin where there are no safetensors; tensors only, torch refuses what else a pickle holds."""
 
 
 class DataConfig(_Group):
@@ -229,6 +231,23 @@ class DeepSpeedConfig(_Group):
         return int(self.policy().get("zero_optimization", {}).get("stage", 0))
 
 
+class CheckpointConfig(_Group):
+    """What a run keeps of itself, to go on after a failure."""
+
+    steps: int = Field(100, ge=0)
+    """Optimizer steps between two checkpoints; 0: only the initialisation, the best, when asked to stop, the end."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep, at least 1; the best one is kept besides."""
+    keep_best: bool = True
+    """Save and keep the checkpoint with the lowest evaluation loss (needs train.eval_steps)."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When the disk is full, read-only or gone: continue warns and tries again at the next checkpoint; stop ends the
+    run. The checkpoints before are whole either way."""
+    timeout_seconds: float = Field(600.0, ge=1)
+    """Seconds after which a disk that has not taken a rank's files counts as failed, at least 1; at the end of the run
+    also how long the adapter is tried to be written."""
+
+
 class CommConfig(_Group):
     """How long ranks wait for each other."""
 
@@ -253,8 +272,13 @@ class Config(_Group):
     train: TrainConfig
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     comm: CommConfig = CommConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse a folder that holds a
+    run; or a checkpoint's folder (.../checkpoints/step-N) to start from while output_dir has none of its own."""
     output_dir: str
-    """Folder of the run: created, and refused if it holds anything."""
+    """Folder of the run, on a file system that all hosts share: created, gone on with, or refused if it holds anything
+    else."""
 
     @property
     def gamma(self) -> float:
@@ -405,6 +429,8 @@ def _cross_checks(groups: Mapping[str, Any]) -> list[str]:
         "deepspeed": _check_deepspeed,
     }
     problems = [problem for name, check in checks.items() if name in groups for problem in check(groups[name])]
+    if "resume" in groups:
+        problems += _check_resume(groups["resume"])
     if {"train", "optim"} <= groups.keys():
         train, optim = groups["train"], groups["optim"]
         if train.max_steps and optim.warmup_steps >= train.max_steps:
@@ -535,6 +561,14 @@ def _check_train(train: TrainConfig) -> Iterator[str]:
             re.compile(pattern)
         except re.error as error:
             yield f"train.exact_match_pattern = {pattern!r}: is no regular expression ({error}). Correct it."
+
+
+def _check_resume(resume: str) -> Iterator[str]:
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        yield (
+            f"resume = {resume}: is neither auto nor never nor a checkpoint's folder, which holds a manifest.json. "
+            "Give one of them, e.g. runs/mine/checkpoints/step-100."
+        )
 
 
 def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:

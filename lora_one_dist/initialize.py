@@ -7,6 +7,8 @@ report row per layer.  Runs on every rank.  Phases, for each of ``layer_groups``
 2. svd        every owner decomposes its layers, all owners at once, no communication
 3. broadcast  each owner sends its pairs as one flat fp32 tensor
 
+A group that is done can be kept on disk (:class:`Kept`): a run that failed after it does not repeat it.
+
 Peak bytes per rank: phase 1 as in :mod:`lora_one_dist.gradient`; phase 2 the owned matrices plus one SVD
 (:mod:`lora_one_dist.spectral`); the pairs themselves are ``4 r sum(m + n)``.
 """
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,6 +52,16 @@ class Initialisation:
     loss: float | None = None
 
 
+class Kept(Protocol):
+    """Layer groups that outlive a process.  Both are collective."""
+
+    def load(self, number: int, groups: int) -> Initialisation | None:
+        """Group ``number`` (from 1) of so many, if it was kept."""
+
+    def save(self, number: int, groups: int, part: Initialisation, owned: set[str]) -> None:
+        """Keep it; this rank owns the layers of these names."""
+
+
 def singular_vectors_needed(method: str, r: int) -> int:
     """How many triplets a method takes from one matrix: 2r for lora_ga, 0 for lora."""
     return {"lora": 0, "lora_ga": 2 * r}.get(method, r)
@@ -62,6 +74,7 @@ def initial_pairs(
     batch: Sequence[Sequence[MicroBatch]],
     progress: Progress = lambda label, done, total: None,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    kept: Kept | None = None,
 ) -> Initialisation:
     """Compute A0 and B0 of every target by ``config.init.method``.  Collective.
 
@@ -69,35 +82,61 @@ def initial_pairs(
         batch: this rank's micro-batches in one or two parts (:func:`gradient.deal_micro_batches`); two parts add the
             overlap of their top-r spaces to the report.  Unused by ``pissa`` and ``lora``.
         progress: told what was done.  phase: entered around each phase, by name.
+        kept: where finished layer groups are kept, and found by a later process.
 
     Raises:
         GradientError, RankError: if a gradient is zero or not finite, naming the layer, on every rank.
     """
-    method, r = config.init.method, config.lora.r
     result = Initialisation()
     gradient_cost = [float(target.m * target.n) for target in targets]
-    for number, group in enumerate(ownership.split(gradient_cost, config.init.layer_groups), start=1):
+    groups = ownership.split(gradient_cost, config.init.layer_groups)
+    for number, group in enumerate(groups, start=1):
         layers = [targets[i] for i in group]
         owners = ownership.assign([gradient_cost[i] for i in group], comm.world_size())
-        label = f"layer group {number}/{config.init.layer_groups}: " if config.init.layer_groups > 1 else ""
-        matrices: list[dict[str, torch.Tensor]] = []
-        if method in GRADIENT_METHODS:
-            with phase("gradient"):
-                matrices, result.loss = _gradients(base, layers, owners, config, batch, progress, label)
-        elif method == "pissa":
-            with phase("gather weights"):
-                matrices = [_weights(base, layers, owners, config.init.buffer)]
-        own: Pairs = {}
-        with phase("svd"), comm.all_or_none("initialising adapters"):
-            owned = [layer for layer, owner in zip(layers, owners, strict=True) if owner == comm.rank()]
-            for done, target in enumerate(owned, start=1):
-                own[target.name], row = _decompose(target, [part.pop(target.name) for part in matrices], config)
-                result.rows.append({**row, "owner": comm.rank()})
-                progress(f"{label}svd of this rank's layers", done, len(owned))
-        with phase("broadcast"):
-            result.pairs |= _broadcast(layers, owners, own, r)
+        label = f"layer group {number}/{len(groups)}: " if len(groups) > 1 else ""
+        part = kept.load(number, len(groups)) if kept is not None else None
+        if part is None:
+            part = _initialise_group(base, layers, owners, config, batch, progress, phase, label)
+            if kept is not None:
+                owned = {layer.name for layer, owner in zip(layers, owners, strict=True) if owner == comm.rank()}
+                kept.save(number, len(groups), part, owned)
+        result.pairs |= part.pairs
+        result.rows += part.rows
+        result.loss = part.loss
+    return result
+
+
+def _initialise_group(
+    base: Base,
+    layers: Sequence[Target],
+    owners: Sequence[int],
+    config: Config,
+    batch: Sequence[Sequence[MicroBatch]],
+    progress: Progress,
+    phase: Callable[[str], AbstractContextManager[None]],
+    label: str,
+) -> Initialisation:
+    """The three phases for one group of layers."""
+    method = config.init.method
+    result = Initialisation()
+    matrices: list[dict[str, torch.Tensor]] = []
+    if method in GRADIENT_METHODS:
+        with phase("gradient"):
+            matrices, result.loss = _gradients(base, layers, owners, config, batch, progress, label)
+    elif method == "pissa":
+        with phase("gather weights"):
+            matrices = [_weights(base, layers, owners, config.init.buffer)]
+    own: Pairs = {}
+    with phase("svd"), comm.all_or_none("initialising adapters"):
+        owned = [layer for layer, owner in zip(layers, owners, strict=True) if owner == comm.rank()]
+        for done, target in enumerate(owned, start=1):
+            own[target.name], row = _decompose(target, [part.pop(target.name) for part in matrices], config)
+            result.rows.append({**row, "owner": comm.rank()})
+            progress(f"{label}svd of this rank's layers", done, len(owned))
+    with phase("broadcast"):
+        result.pairs = _broadcast(layers, owners, own, config.lora.r)
     result.rows = [row for rows in comm.all_gather_object(result.rows) for row in rows]
-    order = {target.name: i for i, target in enumerate(targets)}
+    order = {layer.name: i for i, layer in enumerate(layers)}
     result.rows.sort(key=lambda row: order[row["name"]])
     return result
 

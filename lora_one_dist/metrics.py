@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import resource
+import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -20,29 +23,43 @@ from typing import Any
 
 import torch
 
-from lora_one_dist import comm
+from lora_one_dist import comm, folders
 from lora_one_dist.config import Config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors")
 MIB = 2**20
 PROGRESS_SECONDS = 5.0
+SHARED_SECONDS = 60.0  # for a file to show on another host: NFS remembers for so long that there was none
 
 
 class RunFolder:
-    """The record of one run.  ``root`` exists on rank 0 after construction (see :func:`refuse_used_folder`)."""
+    """The record of one run, which may be that of several processes one after another."""
 
-    def __init__(self, root: Path, writes: bool):
+    def __init__(
+        self, root: Path, writes: bool, step: int | None = None, keep_bytes: int = 0, stop_on_failure: bool = True
+    ):
+        """
+        Args:
+            writes: on rank 0; the others' calls do nothing.
+            step: gone on from, whose lines are the first ``keep_bytes`` of metrics.jsonl; None: a new start.
+            stop_on_failure: raise the OSError of a line that the disk does not take; else warn and try again with the
+                next line.
+        """
         self.root = root
         self.writes = writes
+        self.stop_on_failure = stop_on_failure
         self.board: Any = None
         self.begun: dict[str, float] = {}
         self.last_line = 0.0
+        self.complained = False
         if writes:
             from torch.utils.tensorboard import SummaryWriter
 
             root.mkdir(parents=True, exist_ok=True)
-            self.board = SummaryWriter(str(root / "tensorboard"))
             self.lines = (root / "metrics.jsonl").open("a", encoding="utf-8")
+            if self.lines.tell() > keep_bytes:
+                self.lines.truncate(keep_bytes)
+            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=None if step is None else step + 1)
 
     def say(self, message: str) -> None:
         """One line of progress."""
@@ -64,48 +81,81 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """A file of the run folder."""
         if self.writes:
-            (self.root / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            folders.replace_file(self.root / name, json.dumps(value, indent=1) + "\n")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers in TensorBoard."""
         if not self.writes:
             return
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
-        self.lines.flush()
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(key, value, step)
+        try:
+            self.lines.write(json.dumps({"step": step, **values}) + "\n")
+            self.lines.flush()  # what the disk does not take stays in the buffer for the next time
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, step)
+            self.complained = False
+        except OSError as error:
+            if self.stop_on_failure:
+                raise
+            if not self.complained:
+                self.say(f"warning: metrics.jsonl and TensorBoard cannot be written: {error}. The run goes on.")
+            self.complained = True
+
+    def size_bytes(self) -> int:
+        """Of metrics.jsonl so far."""
+        return os.fstat(self.lines.fileno()).st_size if self.writes else 0
 
     def close(self) -> None:
         """Flush what is open."""
         if self.writes:
-            self.lines.close()
-            self.board.close()
+            try:
+                self.lines.close()
+                self.board.close()
+            except OSError as error:
+                if self.stop_on_failure:
+                    raise
+                self.say(f"warning: the last lines of metrics.jsonl cannot be written: {error}")
 
 
-class UsedFolderError(ValueError):
-    """The output folder holds something."""
+def refuse_unshared(path: Path, token: str) -> None:
+    """Raise UnsharedFolderError if this rank does not find what rank 0 has written.  Not collective."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text(encoding="utf-8"))["id"] == token:
+                return
+        if time.monotonic() > deadline:
+            raise UnsharedFolderError(
+                f"output_dir = {path.parent}: {socket.gethostname()} does not see there what rank 0 has written. All "
+                "ranks write their part of a checkpoint: give a folder on a file system that all hosts share."
+            )
+        time.sleep(0.5)
 
 
-def refuse_used_folder(root: Path) -> None:
-    """Raise UsedFolderError if the folder holds anything: two runs never share one."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UsedFolderError(f"output_dir = {root}: exists and is not empty. Give another folder, or remove this one.")
+def versions() -> dict[str, str]:
+    """Of the packages that a run's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def describe_run(config: Config, launch: comm.Launch) -> dict[str, Any]:
-    """Versions, commit, hardware and launch of this run."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+def describe_run(config: Config, launch: comm.Launch, earlier: Path) -> dict[str, Any]:
+    """Versions, commit, hardware and launch of this start of a run, an id, and those of its earlier starts."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    starts = []
+    if earlier.is_file():
+        last = json.loads(earlier.read_text(encoding="utf-8"))
+        last.pop("identity", None)
+        starts = [*last.pop("earlier_starts", []), last]
     return {
+        "id": secrets.token_hex(8),
         "command": sys.argv,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "device": device,
         "launch": launch.source,
         "world_size": launch.world_size,
         "deepspeed": config.deepspeed.policy(),
+        "earlier_starts": starts,
     }
 
 
@@ -120,6 +170,10 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+class UnsharedFolderError(ValueError):
+    """The output folder is not the same on all hosts."""
 
 
 class Phases:

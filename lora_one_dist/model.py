@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,15 @@ from accelerate import init_empty_weights
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from lora_one_dist import comm, sharding
 from lora_one_dist.config import DeepSpeedConfig, LoraConfig, ModelConfig
@@ -68,33 +76,120 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     Raises:
         ModelError: naming value, rule and remedy.
     """
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    skeleton = _skeleton(config, folder)
+    targets = find_targets(skeleton, lora, rank_needed)
+    files = weight_files(folder, config.allow_pickle)
+    sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
+    if sources is None:
+        _refuse_unfit(config, skeleton, files)
+    return Plan(folder, skeleton, targets, sources)
+
+
+def _skeleton(config: ModelConfig, folder: Path) -> Any:
+    """The model with parameters on the meta device.  Raises ModelError if config.json describes none to train."""
+    _refuse_kind(config, folder)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # each model checks its settings in its own way
+        raise ModelError(
+            f"model.path = {config.path}: its config.json is refused: {_cause(error)}. Fetch it again, or correct it."
+        ) from error
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ModelError(
             f"model.path = {config.path}: is quantised; its weights have no exact gradient here and 8-bit ZeRO-3 is "
             "unproved. Give the unquantised model."
         )
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
-        skeleton = AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
+            skeleton = AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"model.path = {config.path}: no model can be built from its config.json with attn_implementation "
+            f"{config.attn_implementation}: {_cause(error)}. Correct the file, or take another attn_implementation."
+        ) from error
     skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
-    return Plan(folder, skeleton, find_targets(skeleton, lora, rank_needed), tensor_sources(folder, skeleton))
+    return skeleton
 
 
-def local_folder(path: str, trust_remote_code: bool) -> Path:
+def _refuse_kind(config: ModelConfig, folder: Path) -> None:
+    """Raise ModelError if config.json is damaged, or names no causal language model that may be run here."""
+    try:
+        described = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"model.path = {config.path}: its config.json cannot be read: {error}. Fetch it again."
+        ) from error
+    kind, code = str(described.get("model_type")), described.get("auto_map")
+    known = kind in CONFIG_MAPPING
+    value = f"model.path = {config.path}: its model_type = {kind!r}"
+    causal = known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if isinstance(code, dict) and "AutoModelForCausalLM" in code and not causal:
+        if not config.trust_remote_code:
+            raise ModelError(
+                f"{value} needs Python code that comes with it, which model.trust_remote_code = false does not run. "
+                "Read the code, then set it to true; or take a model that transformers knows."
+            )
+        return
+    if not known:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
+        hint = f"Did the file say {near[0]}? " if near else ""
+        raise ModelError(f"{value} is none that transformers knows. {hint}Correct it, or update transformers.")
+    rule = ""
+    if not causal:
+        rule = "has no causal language model in transformers"
+    elif described.get("is_encoder_decoder", CONFIG_MAPPING[kind]().is_encoder_decoder):
+        rule = "has an encoder and a decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not described.get("is_decoder"):
+        rule = "sees the tokens that it is to predict (its is_decoder is not set)"
+    if rule:
+        raise ModelError(f"{value} {rule}; what is trained here predicts the next token. Give a causal language model.")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def local_folder(path: str, trust_remote_code: bool, allow_pickle: bool = False) -> Path:
     """The folder itself, or a hub name's snapshot, downloaded by the first rank of each host.  Collective."""
     if Path(path).is_dir():
         return Path(path)
+    with comm.all_or_none("fetching the model"), comm.local_first():
+        return _snapshot(path, trust_remote_code, allow_pickle)
+
+
+def _snapshot(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    with comm.all_or_none("fetching the model"), comm.local_first():
-        return Path(snapshot_download(path, allow_patterns=patterns))
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except (OSError, ValueError) as error:  # all of the hub's are one or the other
+        raise ModelError(
+            f"model.path = {name}: is no folder here, and cannot be fetched from the hub: {_cause(error)}. Check the "
+            "name, the network and your login, or give a folder."
+        ) from error
+    return folder
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What tells one base from another: config.json, and names, shapes and a sample of its weights.  Not collective.
+
+    The name of the transformers version that wrote the config is no part of it.
+    """
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return {"config": digest, **sharding.fingerprint(paths)}
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -188,28 +283,114 @@ def _match_endings(modules: dict[str, Any], endings: Sequence[str]) -> list[str]
     return [name for name in modules if any(name == end or name.endswith(f".{end}") for end in endings)]
 
 
-def tensor_sources(folder: Path, model: Any) -> dict[str, sharding.TensorSource] | None:
-    """Find every parameter and persistent buffer in the safetensors files, by headers alone; None if not one to one.
+def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files with the base's values: safetensors, or pytorch_model*.bin if there are none and they are allowed.
 
     Raises:
-        ModelError: if the folder holds no safetensors, or its index names a missing file.
+        ModelError: if there are none, only pickles that are not allowed, or an index names a missing file.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"model.path = {folder}: its {index.name} has no weight_map. Fetch it again.")
-        paths = sorted({folder / name for name in weight_map.values()})
-    else:
-        paths = [folder / "model.safetensors"]
+    names = ("model.safetensors", "pytorch_model.bin")
+    there = [name for name in names if (folder / name).is_file() or (folder / f"{name}.index.json").is_file()]
+    if there == names[1:] and not allow_pickle:
+        raise ModelError(
+            f"model.path = {folder}: its weights are in {there[0]} only, a pickle, which may run code when it is read. "
+            "Convert it (save_pretrained writes safetensors), or set model.allow_pickle: true to read its tensors."
+        )
+    name = there[0] if there else names[0]
+    index = folder / f"{name}.index.json"
+    paths = _indexed(folder, index) if index.is_file() else [folder / name]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ModelError(
             f"model.path = {folder}: {', '.join(missing)} missing. Give a folder with all of its *.safetensors "
-            "(save_pretrained writes them; other formats are not read)."
+            "(save_pretrained writes them; other formats are not read, pytorch_model.bin with model.allow_pickle)."
         )
+    return paths
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    try:
+        described = json.loads(index.read_text(encoding="utf-8"))
+        paths = sorted({folder / name for name in described["weight_map"].values()})
+        described["metadata"]  # from_pretrained asks for it
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"model.path = {folder}: its {index.name} has no weight_map and metadata that can be read: {_cause(error)}. "
+            "Fetch it again."
+        ) from error
+    if not paths:
+        raise ModelError(f"model.path = {folder}: the weight_map of its {index.name} is empty. Fetch it again.")
+    return paths
+
+
+def _refuse_unfit(config: ModelConfig, skeleton: Any, files: Sequence[Path]) -> None:
+    """Raise ModelError if ``from_pretrained`` would find no values, or others than fit, for some tensor.
+
+    It is asked itself, with tensors that have shapes and no values: it alone knows what it renames and fuses.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        state |= _shapes(path)
+    shown, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        _, report = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=state,
+            device_map={"": "meta"},
+            dtype=DTYPES[config.dtype],
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(shown)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    _refuse_missing(config, report)
+    misfits = sorted(report["mismatched_keys"])
+    if misfits:
+        name, stored, wanted = misfits[0]
+        raise ModelError(
+            f"model.path = {config.path}: its files hold {len(misfits)} tensors of another shape, e.g. {name} "
+            f"{tuple(stored)}, which config.json makes {tuple(wanted)}. Give weights and config.json of one model."
+        )
+
+
+def _refuse_missing(config: ModelConfig, report: Mapping[str, Any]) -> None:
+    lacking = sorted(report["missing_keys"])
+    if lacking:  # transformers fills them with random values and a warning
+        raise ModelError(
+            f"model.path = {config.path}: its files hold no values for {len(lacking)} tensors, e.g. {lacking[0]}. "
+            "Give a complete checkpoint of the causal language model."
+        )
+
+
+def _shapes(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file on the meta device.  Reads no values, and runs nothing that a pickle holds."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as reader:
+            shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        blocked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
+        what = f"holds more than tensors ({blocked.strip()})" if blocked else f"cannot be read ({_cause(error)})"
+        raise ModelError(
+            f"{path}: {what}, and is not read without them being safe. Fetch it again, or have its maker convert it to "
+            "safetensors."
+        ) from error
+    if not (isinstance(held, dict) and all(isinstance(tensor, torch.Tensor) for tensor in held.values())):
+        raise ModelError(f"{path}: holds no mapping of names to tensors. Convert it with save_pretrained.")
+    return {name: tensor.to("meta") for name, tensor in held.items()}
+
+
+def tensor_sources(files: Sequence[Path], model: Any) -> dict[str, sharding.TensorSource] | None:
+    """Find every parameter and persistent buffer in safetensors files, by headers alone; None if not one to one."""
     found: dict[str, sharding.TensorSource | None] = {}
-    for path in paths:
+    for path in files:
         found |= sharding.read_header(path)
     state = model.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}
@@ -289,17 +470,34 @@ def _from_pretrained(config: ModelConfig, folder: Path, whole: bool) -> nn.Modul
         dtype=DTYPES[config.dtype],
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
-        use_safetensors=True,
+        use_safetensors=weight_files(folder, config.allow_pickle)[0].suffix == ".safetensors",
+        weights_only=True,
         output_loading_info=True,
     )
     model, report = loaded
-    lacking = sorted(report["missing_keys"])
-    if lacking:  # transformers fills them with random values and a warning
-        raise ModelError(
-            f"model.path = {config.path}: its files hold no values for {len(lacking)} tensors, e.g. {lacking[0]}. "
-            "Give a complete checkpoint of the causal language model."
-        )
+    _refuse_missing(config, report)
     return model.to(comm.device()) if whole else model
+
+
+@contextlib.contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Collects, while the block runs, the name of the first layer whose output is not finite: none or one."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, layer) for name, layer in model.named_modules() if not any(True for _ in layer.children())]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

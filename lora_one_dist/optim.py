@@ -34,7 +34,16 @@ from lora_one_dist.model import Adapter, Target
 
 
 class OptimizerError(RuntimeError):
-    """An adapter's gradient is missing, zero or not finite, or a preconditioner cannot be factorised."""
+    """An adapter's gradient is missing or zero, or a preconditioner cannot be factorised."""
+
+
+class NonFiniteError(OptimizerError):
+    """Gradients that are not finite; ``layers`` names them as lora_A or lora_B of a target.  The same on all ranks."""
+
+    def __init__(self, layers: Sequence[str], step: int):
+        self.layers = list(layers)
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        super().__init__(f"gradient of {', '.join(layers[:3])}{more} is not finite at step {step}. Lower optim.lr.")
 
 
 def precondition(
@@ -213,16 +222,17 @@ class LayerShardedOptimizer:
             Global norm of the raw gradient, before clipping.
 
         Raises:
-            OptimizerError, RankError: on all ranks, naming the layer, if a gradient is not finite, or, in the first
-                step with lr > 0, missing or zero where its partner is not.
+            NonFiniteError: on all ranks, naming the layers; nothing was updated.
+            RankError: on all ranks, naming the layer, if in the first step with lr > 0 a gradient is missing, or zero
+                where its partner is not.
         """
         grads = comm.reduce_scatter(self.send)
         self.send.zero_()
         norm = self._global_norm(grads)
         if not math.isfinite(norm):
-            with comm.all_or_none("reducing the adapters' gradients"):
-                self._name_non_finite(grads)
-            raise AssertionError(f"norm {norm}, yet every element is finite: an fp64 norm of fp32 cannot overflow")
+            # An fp64 norm of finite fp32 elements cannot overflow: some element is not finite.
+            named = comm.all_gather_object(self._name_non_finite(grads))
+            raise NonFiniteError([name for names in named for name in names], self.steps + 1)
         if lr > 0 and not self.checked:
             with comm.all_or_none("checking the first gradient"):
                 self._check_first(grads)
@@ -232,10 +242,45 @@ class LayerShardedOptimizer:
         self.steps += 1
         with comm.all_or_none("updating the adapters"):
             self._update(grads, lr)
-        self.own_working.copy_(self.masters)
-        comm.all_gather(self.working, self.own_working.clone())
+        self._share()
         self.arrived.clear()
         return norm
+
+    def take_non_finite(self) -> list[str]:
+        """Names of this rank's own gradients so far that are not finite; forgets all so far.  Not collective."""
+        named = [
+            f"lora_{side} of {self.names[i]}"
+            for i, pair in sorted(self.layout.views(self.send).items())
+            for side, grad in zip("AB", pair, strict=True)
+            if not bool(grad.isfinite().all())
+        ]
+        self.send.zero_()
+        return named
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's fp32 masters and moments by name, as views; all ranks' are the whole.  Not collective."""
+        return {
+            f"{self.names[i]}.lora_{side}.{kind}": tensor
+            for kind, flat in self._kinds()
+            for block in self._own_blocks()
+            for side, stacked in zip("AB", block.split(flat, self.layout.r), strict=True)
+            for i, tensor in zip(block.targets, stacked, strict=True)
+        }
+
+    def _kinds(self) -> list[tuple[str, torch.Tensor]]:
+        """What is kept of each parameter, by the names that torch's AdamW has for it."""
+        kinds = (("master", self.masters), ("exp_avg", self.first), ("exp_avg_sq", self.second))
+        return [(kind, flat) for kind, flat in kinds if flat is not None]
+
+    @torch.no_grad()
+    def resume(self, steps: int) -> None:
+        """Go on after ``steps`` steps, now that :meth:`state` was filled: share the working copies.  Collective."""
+        self.steps, self.checked = steps, steps > 0
+        self._share()
+
+    def _share(self) -> None:
+        self.own_working.copy_(self.masters)
+        comm.all_gather(self.working, self.own_working.clone())
 
     @staticmethod
     def _global_norm(grads: torch.Tensor) -> float:
@@ -271,15 +316,14 @@ class LayerShardedOptimizer:
                     config.weight_decay,
                 )
 
-    def _name_non_finite(self, grads: torch.Tensor) -> None:
-        for block in self._own_blocks():
-            for side, stacked in zip("AB", block.split(grads, self.layout.r), strict=True):
-                for i, grad in zip(block.targets, stacked, strict=True):
-                    if not bool(grad.isfinite().all()):
-                        raise OptimizerError(
-                            f"gradient of lora_{side} of {self.names[i]} is not finite at step {self.steps + 1}. "
-                            "Lower optim.lr, or look at the samples of this step."
-                        )
+    def _name_non_finite(self, grads: torch.Tensor) -> list[str]:
+        return [
+            f"lora_{side} of {self.names[i]}"
+            for block in self._own_blocks()
+            for side, stacked in zip("AB", block.split(grads, self.layout.r), strict=True)
+            for i, grad in zip(block.targets, stacked, strict=True)
+            if not bool(grad.isfinite().all())
+        ]
 
     def _check_first(self, grads: torch.Tensor) -> None:
         for i, name in enumerate(self.names):

@@ -9,8 +9,9 @@ each rank holds one idle TCP connection to rank 0, watched by a daemon thread:
   after ``lost_after`` seconds, and the host that was cut off ends itself
 
 The kernel keeps the connections alive, not the process: a rank that computes for minutes without letting its threads
-run is not taken for dead.  The thread also sees signals while the main thread waits in a collective, and ends a process
-whose launcher is gone.  Idle cost: one connection a rank, one probe each few seconds.
+run is not taken for dead.  The thread also sees signals while the main thread waits in a collective: SIGUSR1, and once
+a stop is accepted SIGTERM, ask the job to stop when it next can; otherwise SIGTERM, and always SIGINT, end it.  It ends
+a process whose launcher is gone.  Idle cost: one connection a rank, one probe each few seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SETTLE_SECONDS = 0.5  # after a process is lost: others lost with it, and explan
 ANSWER_SECONDS = 5.0  # for rank 0 to answer a report
 LINE_BYTES = 65536
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LOGGED_SIGNALS = (signal.SIGUSR1,)
+STOP_SIGNALS = (signal.SIGUSR1,)  # and SIGTERM once accepts_stop
 
 
 class _Line:
@@ -91,6 +92,8 @@ class Watch:
         self.reporting = False  # the main thread waits in report() and will end the process itself
         self.outbox: str | None = None
         self.leaving = False
+        self.accepts_stop = False  # the job can stop with nothing lost: SIGTERM asks for that too
+        self.stop_asked = False
         self.alone = False  # rank 0 is lost: it tells nobody of the failure
         self.token = ""
         self.old_handlers: dict[int, Any] = {}
@@ -115,7 +118,7 @@ class Watch:
     def start(self) -> None:
         """Watch from now on."""
         if threading.current_thread() is threading.main_thread():
-            for number in (*ENDING_SIGNALS, *LOGGED_SIGNALS):
+            for number in (*ENDING_SIGNALS, *STOP_SIGNALS):
                 # The thread reads the signal's number from the socket, also while the main thread is in a collective.
                 self.old_handlers[number] = signal.signal(number, lambda *_: None)
             signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
@@ -155,6 +158,8 @@ class Watch:
         self.leaving = True
         self._wake_thread()
         self.thread.join(ANSWER_SECONDS)
+        if self.stop_asked:  # done as asked: a repeated signal shall not spoil the exit code
+            self.old_handlers = dict.fromkeys(self.old_handlers, signal.SIG_IGN)
         self._forget_signals()
 
     # The thread
@@ -217,8 +222,10 @@ class Watch:
         for number in self.woken.recv(256):
             if number == 0 and self.outbox is not None:
                 self._tell(self.outbox)
-            elif number in LOGGED_SIGNALS:
-                print(f"rank {self.rank} on {self.host}: {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            elif number in STOP_SIGNALS or (number == signal.SIGTERM and self.accepts_stop):
+                self.stop_asked = True
+                name = signal.Signals(number).name
+                print(f"rank {self.rank} on {self.host}: {name}, stops when it next can", file=sys.stderr, flush=True)
             elif number in ENDING_SIGNALS:
                 self.exit_code = 128 + number
                 name = signal.Signals(number).name

@@ -140,7 +140,7 @@ ERRORS = [
     ),
     Planted(
         "the exported rank-2r scale doubled under rsLoRA",
-        "checkpoint.py",
+        "adapters.py",
         (("(math.sqrt(2) if lora.use_rslora else 2)", "2"),),
         "test_train.py",
         "loads_in_peft and lora_ga",

@@ -19,7 +19,6 @@ from lora_one_dist.metrics import (
     final_table,
     init_summary,
     plot_report,
-    refuse_used_folder,
 )
 
 
@@ -112,16 +111,6 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     record.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-
-
-def test_folder_that_holds_anything_is_refused(tmp_path):
-    refuse_used_folder(tmp_path / "new")
-    refuse_used_folder(tmp_path)  # empty
-    file = tmp_path / ".hidden"
-    file.touch()
-    for used in (tmp_path, file):
-        with pytest.raises(ValueError, match=f"^output_dir = {used}: exists and is not empty. Give another"):
-            refuse_used_folder(used)
 
 
 # Phases ---------------------------------------------------------------------------------------------------------------

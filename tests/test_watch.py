@@ -212,7 +212,7 @@ def test_logged_signal_is_told_at_once_and_the_process_goes_on(start):
     job = start(act, act)
     for rank, host in ((0, "a"), (1, "b")):
         job.signal(rank, signal.SIGUSR1)
-        job.await_log(rank, f"rank {rank} on {host}: SIGUSR1\n")
+        job.await_log(rank, f"rank {rank} on {host}: SIGUSR1, stops when it next can\n")
     told_of_both.set()
     assert job.end() == (["went on"] * 2, [0, 0])
     assert [job.log(rank).count("\n") for rank in (0, 1)] == [1, 1]

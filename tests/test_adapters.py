@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_one_dist import checkpoint, model
-from lora_one_dist.checkpoint import AdapterError, export, read_adapter, write_adapter
+from lora_one_dist import folders, model
+from lora_one_dist.adapters import AdapterError, encode_pairs, export, read_adapter
 from lora_one_dist.config import Config, parse_config
 from lora_one_dist.model import Adapter, Target
 from tests import models
@@ -107,21 +107,20 @@ def test_peft_adds_s_times_the_change_to_the_untouched_base(rslora, compensated,
         assert (found - scaling * expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_wrong_shape_is_a_bug_and_stops_before_anything_is_written(tmp_path):
+def test_wrong_shape_is_a_bug_and_stops_before_anything_is_written():
     description = PeftLoraConfig(r=R, target_modules=["v_proj", "down_proj"])
     wrong = pairs(0)
     A, B = wrong[TARGETS[1].name]
     for pair in ((A.T, B), (A, B.T), (A[:-1], B[:, :-1])):
         with pytest.raises(AssertionError, match=r"mlp.down_proj: shapes"):
-            write_adapter(tmp_path / "adapter", description, {**wrong, TARGETS[1].name: pair}, TARGETS)
-    assert list(tmp_path.iterdir()) == []
+            encode_pairs(description, {**wrong, TARGETS[1].name: pair}, TARGETS)
 
 
 def test_older_adapter_and_leftovers_are_replaced_as_a_whole(config, tmp_path):
     folder = tmp_path / "deep" / "adapter"
     export(folder, config(), adapters(0), TARGETS, None)
     (folder / "stale.bin").touch()
-    leftover = folder.with_name("adapter.partial")
+    leftover = folder.with_name(".adapter.partial")
     leftover.mkdir()
     (leftover / "half.bin").touch()
     export(folder, config(), adapters(2), TARGETS, None)
@@ -136,11 +135,12 @@ def test_older_adapter_survives_a_write_that_fails(config, tmp_path, monkeypatch
     export(folder, config(), adapters(0), TARGETS, None)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def full_disk(tensors, path, **_):
-        path.write_bytes(b"half")
+    def full_disk(path, content):
+        path.parent.mkdir()
+        path.write_bytes(content[: len(content) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(folders, "_write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export(folder, config(), adapters(2), TARGETS, None)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
