@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,18 +180,6 @@ def _snapshot(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
     return folder
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
-    """What tells one base from another: config.json, and names, shapes and a sample of its weights.  Not collective.
-
-    The name of the transformers version that wrote the config is no part of it.
-    """
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described.pop("transformers_version", None)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    return {"config": digest, **sharding.fingerprint(paths)}
-
-
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
     """Raise ModelError if the tokenizer can produce an id that the model has no embedding for.  Pure."""
     largest = max(tokenizer.get_vocab().values())
@@ -289,7 +277,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     Raises:
         ModelError: if there are none, only pickles that are not allowed, or an index names a missing file.
     """
-    names = ("model.safetensors", "pytorch_model.bin")
+    names = ["model.safetensors", "pytorch_model.bin"]
     there = [name for name in names if (folder / name).is_file() or (folder / f"{name}.index.json").is_file()]
     if there == names[1:] and not allow_pickle:
         raise ModelError(
@@ -315,8 +303,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
         described["metadata"]  # from_pretrained asks for it
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
-            f"model.path = {folder}: its {index.name} has no weight_map and metadata that can be read: {_cause(error)}. "
-            "Fetch it again."
+            f"model.path = {folder}: its {index.name} has no weight_map and metadata that can be read: "
+            f"{_cause(error)}. Fetch it again."
         ) from error
     if not paths:
         raise ModelError(f"model.path = {folder}: the weight_map of its {index.name} is empty. Fetch it again.")
@@ -376,12 +364,9 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        blocked = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
-        what = f"holds more than tensors ({blocked.strip()})" if blocked else f"cannot be read ({_cause(error)})"
-        raise ModelError(
-            f"{path}: {what}, and is not read without them being safe. Fetch it again, or have its maker convert it to "
-            "safetensors."
-        ) from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"refers to {code[1]}, must hold nothing but tensors" if code else f"cannot be read ({_cause(error)})"
+        raise ModelError(f"{path}: {what}. Fetch it again from whom you trust, better as safetensors.") from error
     if not (isinstance(held, dict) and all(isinstance(tensor, torch.Tensor) for tensor in held.values())):
         raise ModelError(f"{path}: holds no mapping of names to tensors. Convert it with save_pretrained.")
     return {name: tensor.to("meta") for name, tensor in held.items()}

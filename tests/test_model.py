@@ -299,7 +299,7 @@ def test_malicious_pickle_is_not_run(old_format, model_folder, tmp_path, monkeyp
     folder = pickled(model_folder("llama"), tmp_path, more=Malicious())
     if old_format:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Malicious()}, protocol=2))
-    with pytest.raises(ModelError, match=r"pytorch_model.bin: (holds more than tensors \(.*Path|cannot be read)"):
+    with pytest.raises(ModelError, match=r"pytorch_model.bin: (refers to \S*(getattr|Path)|cannot be read).* Fetch it"):
         plan_of_pickle(folder)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):  # nor by from_pretrained, if it came that far
         model._from_pretrained(ModelConfig(path=str(folder), allow_pickle=True), folder, whole=True)
@@ -587,7 +587,7 @@ def test_tensor_of_another_shape_is_refused(model_folder, tmp_path):
 def test_index_without_a_map_is_refused(model_folder, tmp_path):
     folder = changed(model_folder("llama"), tmp_path, lambda held: held)
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    with pytest.raises(ModelError, match=r"index\.json has no weight_map and metadata that can be read: 'weight_map'. Fetch it"):
+    with pytest.raises(ModelError, match=r"index\.json has no weight_map and metadata .*: 'weight_map'. Fetch it"):
         model.plan(folder, ModelConfig(path=str(folder), dtype="fp32"), LoraConfig(r=4), 4)
 
 
