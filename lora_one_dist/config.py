@@ -86,8 +86,6 @@ class ModelConfig(_Group):
     """Run Python code that comes with the model. Only for a model whose code you have read."""
     allow_pickle: bool = False
     """Read pytorch_model*.bin where there are no safetensors; tensors only, torch refuses what else a pickle holds."""
-    allow_pickle: bool = False
-    """Read pytorch_model*.bin where there are no safetensors; tensors only, torch refuses what else a pickle holds."""
 
 
 class DataConfig(_Group):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import json
 import pickle
 import re
@@ -178,6 +179,18 @@ def _snapshot(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
             "name, the network and your login, or give a folder."
         ) from error
     return folder
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What tells one base from another: config.json, and names, shapes and a sample of its weights.  Not collective.
+
+    The name of the transformers version that wrote the config is no part of it.
+    """
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return {"config": digest, **sharding.fingerprint(paths)}
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
