@@ -114,11 +114,12 @@ def refuse_used_folder(root: Path, resume: str) -> None:
 def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> None:
     """Raise CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
     place = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
-    needed, free = ROOM * size_bytes(config, targets), shutil.disk_usage(place).free
+    more = 1 if _steps(root / "checkpoints") else ROOM
+    needed, free = more * size_bytes(config, targets), shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
-            f"output_dir = {root}: {free / 2**20:.0f} MiB are free, {ROOM} checkpoints take {needed / 2**20:.0f} MiB. "
-            "Make room, give another folder, or lower lora.r."
+            f"output_dir = {root}: {free / 2**20:.1f} MiB are free, {ROOM} checkpoints must fit: {more} more take "
+            f"{needed / 2**20:.1f} MiB. Make room, give another folder, or lower lora.r."
         )
 
 
@@ -322,8 +323,8 @@ class Store:
 
     def save(
         self, step: int, adapter: Mapping[str, bytes], optimizer: LayerShardedOptimizer, state: Mapping[str, Any]
-    ) -> None:
-        """Write ``step-N`` and remove what is no longer kept.  Collective.
+    ) -> int:
+        """Write ``step-N`` and remove what is no longer kept.  Returns its bytes.  Collective.
 
         Args:
             adapter: files of the PEFT folder, on rank 0 alone.
@@ -332,17 +333,16 @@ class Store:
         Raises:
             RankError: on all ranks; the older checkpoints are as they were.
         """
-        if step == self.newest:
-            return
         rank, world_size = comm.rank(), comm.world_size()
         own = {f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": encode_tensors(optimizer.state())}
         if rank == 0:
             own |= {f"adapter/{name}": content for name, content in adapter.items()}
             whole = {"format": FORMAT, "step": step, **state, "world_size": world_size, "identity": self.identity}
             own[STATE] = (json.dumps(whole, indent=1) + "\n").encode()
-        folders.write(self.root / f"step-{step}", own, self.settings.timeout_seconds)
+        size = folders.write(self.root / f"step-{step}", own, self.settings.timeout_seconds)
         self.newest = step
         folders.on_all("removing old checkpoints", lambda: self._tidy(step), self.settings.timeout_seconds)
+        return size
 
     def _tidy(self, step: int) -> None:
         """``latest`` follows; what is neither among the last ones nor the best goes, and so do the layer groups."""

@@ -42,8 +42,8 @@ class FolderError(ValueError):
     """A folder that is not as it was written: which file, and what is wrong with it."""
 
 
-def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> None:
-    """Write a new folder that appears when it is whole.  Collective.
+def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> int:
+    """Write a new folder that appears when it is whole.  Returns the bytes of its files.  Collective.
 
     Args:
         own: this rank's files, by path inside the folder; no two ranks may have the same.
@@ -67,6 +67,7 @@ def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> None:
             cleaner.start()
             cleaner.join(CLEANING_SECONDS)
         raise
+    return sum(entry["bytes"] for entry in files.values())
 
 
 def on_all(doing: str, work: Callable[[], Result], seconds: float) -> Result:

@@ -59,7 +59,7 @@ class RunFolder:
             self.lines = (root / "metrics.jsonl").open("a", encoding="utf-8")
             if self.lines.tell() > keep_bytes:
                 self.lines.truncate(keep_bytes)
-            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=None if step is None else step + 1)
+            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=0 if step is None else step + 1)
 
     def say(self, message: str) -> None:
         """One line of progress."""

@@ -236,7 +236,10 @@ def _resume(job: _Job, found: checkpoint.Found) -> _Progress:
         initial = initial if record.writes else {}
     optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
     checkpoint.load_optimizer(found.folder, optimizer, found.step)
-    record.say(f"going on from {found.folder}, which {found.state['world_size']} ranks have written")
+    writers = found.state["world_size"]
+    record.say(f"going on from {found.folder}, which {writers} ranks have written")
+    if config.lora.dropout > 0 and writers != comm.world_size():
+        record.say(f"dropout draws other masks on {comm.world_size()} ranks than on {writers}")
     return _Progress(adapters, initial, optimizer, before, found.step)
 
 
@@ -481,10 +484,14 @@ def _save(job: _Job, now: _Progress) -> bool:
         "metrics_bytes": record.size_bytes(),
         "versions": metrics.versions(),
     }
-    saved = _guard(job, lambda: job.store.save(now.step, files, now.optimizer, state))
-    if saved:
-        record.say(f"checkpoint step-{now.step} saved in {time.monotonic() - began:.1f} s")
-    return saved
+
+    def save() -> None:
+        size = job.store.save(now.step, files, now.optimizer, state)
+        seconds = time.monotonic() - began
+        record.say(f"checkpoint step-{now.step} saved: {size / metrics.MIB:.1f} MiB in {seconds:.2f} s")
+
+    _guard(job, save)
+    return job.store.newest == now.step
 
 
 def _guard(job: _Job, write: Callable[[], None]) -> bool:

@@ -187,7 +187,9 @@ def test_init_only_and_start_from_an_adapter(model_folder, tmp_path):
     first, second, straight = (tmp_path / name for name in ("init", "continued", "straight"))
     run_ranks(2, train, settings(folder, first, train__max_steps=0))
     assert sorted(path.name for path in first.iterdir()) == [
+        ".lock",
         "adapter_init",
+        "checkpoints",
         "config.yaml",
         "init_report.json",
         "init_report.png",

@@ -1,14 +1,15 @@
 """The same work by what users have today: HF Trainer + PEFT + ZeRO-3.  Started by the deepspeed launcher.
 
-    deepspeed --hostfile ... tests/peers/hf_trainer.py MODEL_FOLDER ZERO_JSON STEPS OUT_JSONL
+    deepspeed --hostfile ... tests/peers/hf_trainer.py MODEL_FOLDER ZERO_JSON STEPS OUT_JSONL [R SAVE_STEPS]
 
-One line of OUT_JSONL per step, as of rank 0.
+One line of OUT_JSONL per step and, if it saves, one per checkpoint with its seconds, as of rank 0.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import deepspeed
@@ -19,7 +20,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in lora_one
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-R, TOKENS = 8, 16
+TOKENS = 16
 
 
 class Lines(TrainerCallback):
@@ -32,7 +33,22 @@ class Lines(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, "loss": logs["loss"]}) + "\n")
 
 
-def main(folder: str, zero_json: str, steps: str, out: str) -> None:
+class TimedTrainer(Trainer):
+    """Says how long a checkpoint takes, all ranks together."""
+
+    lines: Path
+
+    def _save_checkpoint(self, *args, **kwargs):
+        torch.distributed.barrier()
+        began = time.monotonic()
+        super()._save_checkpoint(*args, **kwargs)
+        torch.distributed.barrier()
+        if self.args.process_index == 0:
+            with self.lines.open("a") as file:
+                file.write(json.dumps({"checkpoint_seconds": time.monotonic() - began}) + "\n")
+
+
+def main(folder: str, zero_json: str, steps: str, out: str, r: str = "8", save_steps: str = "0") -> None:
     zero = json.loads(Path(zero_json).read_text())
     arguments = TrainingArguments(
         output_dir=f"{out}.trainer",
@@ -44,16 +60,21 @@ def main(folder: str, zero_json: str, steps: str, out: str) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         report_to=[],
-        save_strategy="no",
+        save_strategy="steps" if int(save_steps) else "no",
+        save_steps=int(save_steps) or 1,
         deepspeed={**zero, "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True},
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=R, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=int(r), lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 64, (4 * int(steps), TOKENS), generator=generator)
     rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
-    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Lines(Path(out))]).train()
+    trainer = TimedTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Lines(Path(out))])
+    trainer.lines = Path(out)
+    trainer.train()
 
 
 if __name__ == "__main__":
