@@ -71,6 +71,8 @@ class _Progress:
     before: dict[str, Any]
     """Evaluation of the base alone."""
     step: int
+    evaluated: bool = False
+    """Was this step's evaluation done?"""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def _resume(job: _Job, found: checkpoint.Found) -> _Progress:
     record.say(f"going on from {found.folder}, which {writers} ranks have written")
     if config.lora.dropout > 0 and writers != comm.world_size():
         record.say(f"dropout draws other masks on {comm.world_size()} ranks than on {writers}")
-    return _Progress(adapters, initial, optimizer, before, found.step)
+    return _Progress(adapters, initial, optimizer, before, found.step, found.state["evaluated"])
 
 
 class _Groups:
@@ -320,14 +322,20 @@ def _initialise(job: _Job, phases: metrics.Phases) -> tuple[list[model.Adapter],
 
 
 def _train(job: _Job, now: _Progress, total: int) -> None:
-    """The loop: batch, forward and backward, step, log, evaluate, save."""
-    base, config, read, record = job.base, job.config, job.read, job.record
+    """The loop: evaluate, batch, forward and backward, step, log, save.
+
+    A stop or a crash after the save finds the evaluation of that step still to do.
+    """
+    config, read, record = job.config, job.read, job.record
     train, size = config.train, config.train.global_batch_size
     num_targets = np.asarray(read.train.dataset["num_targets"])
-    base.module.train()
+    job.base.module.train()
     comm.accept_stop()
     clock = _Clock()
     for step in range(now.step, total):
+        if train.eval_steps and step > 0 and step % train.eval_steps == 0 and not now.evaluated:
+            _evaluate_between(job, now)
+            clock = _Clock()
         indices = data.global_batch(len(read.train), size, step, train.seed)
         began = time.monotonic()
         loss, tokens = _forward_backward(job, step, indices, int(num_targets[indices].sum()))
@@ -341,7 +349,7 @@ def _train(job: _Job, now: _Progress, total: int) -> None:
             norm = now.optimizer.step(rate)
         except (TrainError, optim.NonFiniteError) as error:
             raise TrainError(f"{error} {_explain(job, now, step, indices)}") from None
-        now.step = step + 1
+        now.step, now.evaluated = step + 1, False
         clock.count(tokens)
         if now.step % train.log_steps == 0 or now.step == total:
             values = {"loss": loss, "lr": rate, "grad_norm": norm, **clock.read(), **_rank_spread(compute_seconds)}
@@ -350,13 +358,6 @@ def _train(job: _Job, now: _Progress, total: int) -> None:
                 f"step {now.step}/{total}  loss {loss:.4f}  grad norm {norm:.3g}  lr {rate:.2e}  "
                 f"{values['tokens_per_second']:.0f} tokens/s  {values['step_seconds'] * (total - now.step):.0f} s left"
             )
-            clock = _Clock()
-        if train.eval_steps and now.step % train.eval_steps == 0 and now.step < total and not asked:
-            values = _evaluate(job, answers=False)
-            record.log(now.step, values)
-            record.say(f"step {now.step}/{total}  eval loss {values['eval_loss']:.4f}")
-            _note_eval(job, now, values)
-            base.module.train()
             clock = _Clock()
         every = config.checkpoint.steps
         if asked or now.step == total or (every and now.step % every == 0):
@@ -457,6 +458,16 @@ def _evaluate(job: _Job, answers: bool) -> dict[str, float]:
     return {} if held is None else evaluate.evaluate(job.base, job.config, held, job.record.progress, answers)
 
 
+def _evaluate_between(job: _Job, now: _Progress) -> None:
+    """Evaluate at this step, and keep it if it is the best.  Collective."""
+    values = _evaluate(job, answers=False)
+    now.evaluated = True
+    job.record.log(now.step, values)
+    job.record.say(f"step {now.step}  eval loss {values['eval_loss']:.4f}")
+    _note_eval(job, now, values)
+    job.base.module.train()
+
+
 def _note_eval(job: _Job, now: _Progress, values: dict[str, float]) -> None:
     """Keep the best checkpoint.  Collective."""
     config, store = job.config, job.store
@@ -481,6 +492,7 @@ def _save(job: _Job, now: _Progress) -> bool:
         "position": {"epoch": epoch, "sample": batch * config.train.global_batch_size},
         "schedule": {"total_steps": total, "lr": optim.learning_rate(now.step, total, config.optim)},
         "before": now.before,
+        "evaluated": now.evaluated,
         "metrics_bytes": record.size_bytes(),
         "versions": metrics.versions(),
     }

@@ -216,7 +216,7 @@ def test_every_problem_of_every_group_in_one_error(here):
         ({"train__gradient_accumulation_steps": 2}, "no such setting. Known here: epochs, max_steps, micro_batch_size"),
         (
             {"zzz": 1},
-            "zzz = 1: no such setting. Known here: model, data, lora, init, optim, train, deepspeed, comm, output_dir",
+            "zzz = 1: no such setting. Known here: model, data, lora, init, optim, train, deepspeed, comm, checkpoint",
         ),
     ],
 )
