@@ -107,8 +107,24 @@ def refuse_used_folder(root: Path, resume: str) -> None:
         return  # a start that failed before it wrote anything
     if not (root / RUN).is_file():
         raise CheckpointError(f"output_dir = {root}: exists and is not empty, and holds no run. {remedy}")
+    read_run(root)
     if resume == "never":
         raise CheckpointError(f"output_dir = {root}: holds a run, and resume is never. {remedy}")
+
+
+def read_run(root: Path) -> dict[str, Any] | None:
+    """What the last start of the run in this folder has written of itself; None in a new folder.  Not collective."""
+    path = root / RUN
+    if not path.is_file():
+        return None
+    try:
+        run = dict(json.loads(path.read_text(encoding="utf-8")))
+        run["identity"]["config"], run["identity"]["targets"]  # what it is read for
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}). Give another output_dir, and resume: CHECKPOINT to go on there."
+        ) from error
+    return run
 
 
 def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> None:
@@ -217,9 +233,8 @@ def _accept(folder: Path, state: dict[str, Any], own: Mapping[str, Any], notes: 
 
 def _refuse_other_run(root: Path, own: Mapping[str, Any]) -> None:
     """A run folder without a checkpoint may be begun again, but only by the same run."""
-    if not (root / RUN).is_file():
-        return
-    refused, _ = differences(json.loads((root / RUN).read_text(encoding="utf-8"))["identity"], own)
+    run = read_run(root)
+    refused, _ = differences(run["identity"], own) if run is not None else ([], [])
     if refused:
         raise CheckpointError(
             f"output_dir = {root}: holds another run: {'; '.join(refused)}. Give another folder, or remove this one."
@@ -318,7 +333,13 @@ class Store:
         path = self.root / "best.json"
         if found is None or found.state["identity"]["eval_data"] != self.identity["eval_data"] or not path.is_file():
             return None
-        best = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            best = {"step": int(read["step"]), "eval_loss": float(read["eval_loss"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is damaged. Remove it: the best checkpoint so far is then forgotten."
+            ) from error
         return best if (self.root / f"step-{best['step']}").is_dir() else None
 
     def save(

@@ -137,14 +137,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def describe_run(config: Config, launch: comm.Launch, earlier: Path) -> dict[str, Any]:
+def describe_run(config: Config, launch: comm.Launch, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
     """Versions, commit, hardware and launch of this start of a run, an id, and those of its earlier starts."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     starts = []
-    if earlier.is_file():
-        last = json.loads(earlier.read_text(encoding="utf-8"))
-        last.pop("identity", None)
-        starts = [*last.pop("earlier_starts", []), last]
+    if earlier is not None:
+        last = {key: value for key, value in earlier.items() if key not in ("identity", "earlier_starts")}
+        starts = [*earlier.get("earlier_starts", []), last]
     return {
         "id": secrets.token_hex(8),
         "command": sys.argv,

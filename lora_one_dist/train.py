@@ -166,7 +166,7 @@ def _open_record(config: Config, read: Inputs, found: checkpoint.Found | None) -
     step = found.step if found is not None else None
     with comm.all_or_none("creating the run folder"):
         if comm.rank() == 0:
-            own = metrics.describe_run(config, comm.launch(), root / checkpoint.RUN)
+            own = metrics.describe_run(config, comm.launch(), checkpoint.read_run(root))
             text = json.dumps({**own, "resumed_from": step, "identity": read.identity}, indent=1)
             folders.replace_file(root / checkpoint.RUN, text + "\n")
             folders.replace_file(root / "config.yaml", config.to_yaml())
