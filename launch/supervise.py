@@ -5,7 +5,7 @@
 When a host is lost, every rank ends within half a minute, but srun waits for the host until SLURM gives it up (5
 minutes by default) and mpirun for hours.  This passes standard error through and, once a rank has told the job's
 failure, gives the launcher GRACE_SECONDS to end.  Signals to this process alone are passed on.  Exits as the launcher
-does, but never 0 after a failure.
+does, but never 0 after a failure, and 75 if the ranks have stopped as asked, whatever the launcher makes of that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import psutil
 
 GRACE_SECONDS = 15.0
 FAILURE = re.compile(rb"(^|: )rank \d+ on \S+ failed")  # as comm.fail writes it; launchers put the host's name in front
+STOPPED = re.compile(rb"(^|: )rank \d+ on \S+ stopped as asked")  # as launch/train.py writes it
 EXIT_FAILED = 1
+EXIT_STOPPED = 75  # as launch/train.py exits
 
 
 def main(command: list[str]) -> int:
@@ -30,8 +32,8 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the launcher itself
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: pass_on(received, launcher))
-    failed = threading.Event()
-    reader = threading.Thread(target=pass_through, args=(launcher, failed), daemon=True)
+    failed, stopped = threading.Event(), threading.Event()
+    reader = threading.Thread(target=pass_through, args=(launcher, failed, stopped), daemon=True)
     reader.start()
     while launcher.poll() is None and not failed.wait(1.0):
         pass
@@ -47,6 +49,8 @@ def main(command: list[str]) -> int:
     reader.join(2.0)  # what is left in the pipe
     if code < 0:
         code = 128 - code
+    if stopped.is_set() and not failed.is_set():
+        return EXIT_STOPPED
     return code or (EXIT_FAILED if failed.is_set() else 0)
 
 
@@ -56,13 +60,15 @@ def pass_on(number: int, launcher: subprocess.Popen[bytes]) -> None:
         launcher.send_signal(number)
 
 
-def pass_through(launcher: subprocess.Popen[bytes], failed: threading.Event) -> None:
+def pass_through(launcher: subprocess.Popen[bytes], failed: threading.Event, stopped: threading.Event) -> None:
     assert launcher.stderr is not None, "a pipe"
     for line in launcher.stderr:
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
         if FAILURE.search(line):
             failed.set()
+        if STOPPED.search(line):
+            stopped.set()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ if [ -n "${NODE_RANK:-}" ]; then
 else
     meet=(--rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id "${JOB_ID:-lora_one}")
 fi
+# torchrun would die of SIGUSR1; ranks undo this when they listen for it.
+trap '' USR1
 # No restarts: the failure of one rank ends the job; supervise.py ends an agent that waits for a lost host.
 exec "$python" "$root/launch/supervise.py" "$python" -m torch.distributed.run \
     --nnodes "$NNODES" --nproc_per_node "${PROCS_PER_NODE:-gpu}" --max_restarts 0 "${meet[@]}" \

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from lora_one_dist.config import ConfigError, load_config
 
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+# SIGUSR1 asks to stop; until the rank can listen (comm.init), it waits instead of ending the process.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
 
 
@@ -56,6 +60,8 @@ def main() -> int:
             train.run(config)
         except train.Stopped:
             code = EXIT_STOPPED
+            if comm.is_local_first():  # for launch/supervise.py: launchers make another code of 75, or kill slow ranks
+                print(f"rank {comm.rank()} on {socket.gethostname()} stopped as asked", file=sys.stderr)
         comm.shutdown()
     except Exception as error:
         comm.fail(error)

@@ -217,8 +217,8 @@ def _start(job: _Job, phases: metrics.Phases) -> _Progress:
     adapters, initial = _initialise(job, phases)
     now = _Progress(adapters, initial, optim.LayerShardedOptimizer(adapters, config.optim), before, 0)
     with phases("save step 0"):
-        _save(job, now)
-    _stop_if_asked(job)
+        saved = _save(job, now)
+    _stop_if_asked(job, saved)
     return now
 
 
@@ -262,13 +262,18 @@ class _Groups:
     def save(self, number: int, groups: int, part: initialize.Initialisation, owned: set[str]) -> None:
         if groups > 1:  # one group alone is saved a moment later as step 0
             name = f"init-{number}-of-{groups}"
-            _guard(self.job, lambda: self.job.store.save_group(name, part, owned))
-            _stop_if_asked(self.job)
+            saved = _guard(self.job, lambda: self.job.store.save_group(name, part, owned))
+            _stop_if_asked(self.job, saved)
 
 
-def _stop_if_asked(job: _Job) -> None:
-    """At a point where nothing is lost.  Collective."""
+def _stop_if_asked(job: _Job, saved: bool) -> None:
+    """At a point where nothing is lost.  Collective.
+
+    Not if this start has saved nothing: it would stop again at the same point, and again.
+    """
     if any(comm.all_gather_floats(float(comm.stop_asked()))):
+        if not saved:
+            raise TrainError("asked to stop, but the initialisation so far could not be saved")
         _stop(job, "with the initialisation so far")
 
 

@@ -122,6 +122,8 @@ class Watch:
                 # The thread reads the signal's number from the socket, also while the main thread is in a collective.
                 self.old_handlers[number] = signal.signal(number, lambda *_: None)
             signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+            # Under launch/train.py one that came before has waited.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os.register_at_fork(after_in_child=self._forget_signals)
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()

@@ -260,7 +260,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=cred_expire=5
 MpiDefault=none
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 SchedulerType=sched/backfill
@@ -284,11 +284,11 @@ SlurmdPidFile={root}/spool/%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd-%n.log
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=15
 MinJobAge=300
 InactiveLimit=0
 UnkillableStepTimeout=60
 NodeName=node[1-{count}] CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=low Nodes=node[1-{count}] Default=YES PriorityTier=1 MaxTime=60 State=UP OverSubscribe=NO
+PartitionName=low Nodes=node[1-{count}] Default=YES PriorityTier=1 GraceTime=30 MaxTime=60 State=UP OverSubscribe=NO
 PartitionName=high Nodes=node[1-{count}] PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP OverSubscribe=NO
 """

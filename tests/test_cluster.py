@@ -1,4 +1,4 @@
-"""Every launcher of the README on four hosts: the same numbers as one host, and signals that reach every rank."""
+"""Every launcher of the README on four hosts: the same numbers as one host."""
 
 from __future__ import annotations
 
@@ -59,27 +59,6 @@ def test_same_bits_as_on_one_host(launcher, count, slots, says, hosts, one_host,
     assert says in job.output()
     assert outcome(out) == one_host
     assert not any(jobs.ranks_on(hosts, i) for i in hosts.numbers), "no process is left behind"
-
-
-def test_signal_before_the_time_limit_reaches_every_rank_and_is_logged(hosts, tmp_path):
-    """SLURM sends SIGUSR1 to the job's steps; here by scancel, as the time limit would."""
-    out = tmp_path / "run"
-    job = jobs.start(hosts, "sbatch", 4, 1, out, "train.max_steps=3000")
-    try:
-        jobs.wait_for_steps(job, out / "metrics.jsonl", 1)
-        name = hosts.run(1, "squeue", "-h", "-o", "%i").stdout.strip()
-        assert hosts.run(1, "scancel", "--signal=USR1", name).returncode == 0
-        logged = [f"rank {rank} on node{rank + 1}: SIGUSR1" for rank in range(4)]
-        deadline = time.monotonic() + 20
-        while not all(line in job.output() for line in logged):
-            assert time.monotonic() < deadline, job.output()
-            time.sleep(0.1)
-        steps = (out / "metrics.jsonl").read_text().count('"loss"')
-        jobs.wait_for_steps(job, out / "metrics.jsonl", steps + 2)
-        assert hosts.run(1, "scancel", name).returncode == 0, "the job goes on until it is ended"
-        assert job.wait(60) != [None]
-    finally:
-        job.end()
 
 
 def test_job_ends_with_its_launcher(hosts, tmp_path):

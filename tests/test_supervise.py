@@ -62,6 +62,13 @@ def test_launcher_that_ends_after_a_failure_never_ends_well(prefix, ending, code
     assert run(f"say({line!r}); {ending}") == (code, b"", line.encode() + b"\n")
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(0)", 75), ("sys.exit(1)", 75), (f"say({FAILURE!r}); sys.exit(4)", 4)]
+)
+def test_stop_is_told_by_its_code_whatever_the_launcher_makes_of_it_but_never_hides_a_failure(ending, code):
+    assert run(f"say('node1: rank 0 on node1 stopped as asked'); {ending}")[0] == code
+
+
 def test_launcher_that_hangs_after_a_failure_is_killed_with_its_children():
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     launcher = f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}]); say(child.pid); say({FAILURE!r}); {deaf}"
