@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,10 @@ def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, e
 
 def refuse_used_folder(root: Path, resume: str) -> None:
     """Raise CheckpointError if the folder holds anything but a run to go on with.  Not collective."""
-    if not root.exists():
+    place = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if place != root and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise CheckpointError(f"output_dir = {root}: {place} is no folder to write to. Give another path.")
+    if place != root:
         return
     remedy = "Give another folder, or remove this one."
     if not root.is_dir():

@@ -126,7 +126,12 @@ def init(settings: CommConfig | None = None, launch: Launch | None = None) -> La
 
 def _pick_device(launch: Launch) -> str:
     """Set this rank's GPU, if there are any.  Returns the backend."""
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator not in (None, "cpu", "cuda"):
+        raise LaunchError(f"DS_ACCELERATOR = {accelerator!r}: must be cuda or cpu. Unset it: torch tells which.")
     if not torch.cuda.is_available():
+        if accelerator == "cuda":
+            raise LaunchError("DS_ACCELERATOR = cuda: torch sees no GPU here. Unset it, or look at nvidia-smi.")
         return "gloo"
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         raise LaunchError("DS_ACCELERATOR = cpu, but torch sees GPUs. Hide them: CUDA_VISIBLE_DEVICES= (empty).")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,14 @@ ZERO_KEYS = {
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
     },
+}
+ZERO_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    key: (
+        ("a whole number, at least 0", lambda value: type(value) in (int, float) and value >= 0 and value % 1 == 0)
+        if key.startswith("stage3_")
+        else ("true or false", lambda value: type(value) is bool)
+    )
+    for key in ZERO_KEYS[3] - {"stage", "offload_param"}
 }
 # What `lora_one_dist` sets itself; a ZeRO JSON that also sets it would be a second source of the same truth.
 DEEPSPEED_KEYS_SET_BY_CODE = (
@@ -314,10 +323,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {path}: cannot be read as YAML: {error}. Give a YAML file."]) from error
     if not isinstance(raw, dict):
-        raise ConfigError([f"--config {path}: holds {type(raw).__name__}, must hold groups such as 'model:'."])
+        value = f"--config {path}: holds {type(raw).__name__}"
+        raise ConfigError([f"{value}, must hold groups such as 'model:'. Give the YAML of a run."])
     problems = []
     for override in overrides:
         try:
@@ -362,7 +372,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
         raise ValueError(
             f"override {override!r}: its value is no YAML: {what}. Quote it: {parts[-1]}='...'."
@@ -389,7 +399,7 @@ def _describe(error: Any) -> str:
         near = difflib.get_close_matches(path[-1], known, n=1)
         remedy = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
         return f"{key} = {error['input']!r}: no such setting. {remedy}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == len(path):  # else an item of a pair
         return f"{key}: is required. {help_text or _give(path)}"
     return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. {help_text or _give(path)}"
 
@@ -458,11 +468,11 @@ def _changed(group: BaseModel) -> set[str]:
 def _check_model(model: ModelConfig) -> Iterator[str]:
     if model.dtype == "fp32" and model.attn_implementation.startswith("flash"):
         yield f"model.attn_implementation = {model.attn_implementation}: needs dtype bf16. Use sdpa with fp32."
-    path = Path(model.path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    path = model.path  # os.path: pathlib raises for names that no file can have
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
             yield f"model.path = {model.path}: holds no config.json. Give the folder that save_pretrained wrote."
-    elif path.exists() or not HUB_NAME.fullmatch(model.path) or "/" not in model.path:
+    elif os.path.exists(path) or not HUB_NAME.fullmatch(path) or "/" not in path:
         yield f"model.path = {model.path}: is neither a folder nor a hub name. Give a folder, or org/model."
 
 
@@ -476,12 +486,12 @@ def _check_data(data: DataConfig) -> Iterator[str]:
             yield f"data.{key} = []: must name at least one file. Add a path."
         for source in sources:
             path = Path(source)
-            looks_like_file = path.suffix in DATA_SUFFIXES or len(sources) > 1
-            if looks_like_file and not path.is_file():
+            looks_like_file = path.suffix in DATA_SUFFIXES or len(sources) > 1 or os.path.isfile(source)
+            if looks_like_file and not os.path.isfile(source):
                 yield f"data.{key} = {source}: no such file. Check the path; relative paths start where you launch."
             elif looks_like_file and path.suffix not in DATA_SUFFIXES:
                 yield f"data.{key} = {source}: must end in {' or '.join(DATA_SUFFIXES)}. Convert it."
-            elif not looks_like_file and not path.is_dir() and not HUB_NAME.fullmatch(source):
+            elif not looks_like_file and not os.path.isdir(source) and not HUB_NAME.fullmatch(source):
                 yield f"data.{key} = {source}: is no data set name. Files end in {', '.join(DATA_SUFFIXES)}."
     used_by_format = {"prompt": "completion", "completion": "completion", "messages": "chat", "text": "text"}
     for key, used_by in used_by_format.items():
@@ -518,7 +528,7 @@ def _check_init(init: InitConfig) -> Iterator[str]:
     if init.adapter is not None:
         for key in sorted(given - {"adapter"}):
             yield f"init.{key} = {getattr(init, key)}: has no effect with init.adapter. Leave one of them out."
-        if not (Path(init.adapter) / "adapter_config.json").is_file():
+        if not os.path.isfile(os.path.join(init.adapter, "adapter_config.json")):
             yield f"init.adapter = {init.adapter}: holds no adapter_config.json. Give a PEFT folder."
     elif init.method not in GRADIENT_METHODS:
         without_svd = ("buffer", "layer_groups", "svd_tolerance") if init.method == "lora" else ()
@@ -564,7 +574,7 @@ def _check_train(train: TrainConfig) -> Iterator[str]:
 
 
 def _check_resume(resume: str) -> Iterator[str]:
-    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+    if resume not in ("auto", "never") and not os.path.isfile(os.path.join(resume, "manifest.json")):
         yield (
             f"resume = {resume}: is neither auto nor never nor a checkpoint's folder, which holds a manifest.json. "
             "Give one of them, e.g. runs/mine/checkpoints/step-100."
@@ -575,7 +585,7 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
     path = deepspeed.config
     try:
         policy = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         yield f"deepspeed.config = {path}: cannot be read as JSON: {error}. ds_configs/ holds working ones."
         return
     zero = policy.get("zero_optimization", {}) if isinstance(policy, dict) else None
@@ -606,6 +616,10 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
             f"deepspeed.config = {path}: zero_optimization.{key} has no effect on a frozen base at stage {stage}, or "
             "is not supported. Take it out."
         )
+    for key in sorted(set(zero) & ZERO_VALUES.keys()):
+        rule, accepts = ZERO_VALUES[key]
+        if not accepts(zero[key]):
+            yield f"deepspeed.config = {path}: zero_optimization.{key} = {zero[key]!r}, must be {rule}. Correct it."
     device = (zero.get("offload_param") or {}).get("device", "none")
     if device not in ("none", "cpu"):
         yield f"deepspeed.config = {path}: offload_param.device = {device}, must be none or cpu. NVMe is not supported."

@@ -191,6 +191,8 @@ def _find_bad_json(path: str) -> str:
             row = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
             return f"{path}, line {number + error.lineno - 1}: {error.msg}"
+        except RecursionError:
+            return f"{path}, line {number}: is nested too deep"
         if not isinstance(row, dict):
             return f"{path}, line {number}: must be an object, is a {type(row).__name__}"
         columns = columns or set(row)
@@ -323,8 +325,13 @@ def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfi
         raise _RowError(index, f"{error}{remedy}.") from error
 
 
+def _is_message(message: Any) -> bool:
+    """A role, and something said or called."""
+    return isinstance(message, dict) and bool(message.get("role")) and sum(v is not None for v in message.values()) > 1
+
+
 def _chat_texts(messages: Any, tokenizer: Any, config: DataConfig) -> list[str]:
-    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)):
+    if not (isinstance(messages, list) and messages and all(_is_message(message) for message in messages)):
         raise DataError(f"{config.messages} = {messages!r:.80}: must be a list of {{role, content}}. Mend the row")
     # Arrow gives every message the keys of all, None where it has none; transformers 5.17 lets templates print it.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -417,6 +424,9 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # `tokenizers` raises plain Exception on a damaged file
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            rule = "its tokenizer is Python code of its own, which model.trust_remote_code = false does not run"
+            raise DataError(f"model.path = {path}: {rule}. Read the code, then set it to true.") from error
         raise DataError(f"model.path = {path}: no tokenizer can be loaded: {_cause(error)}. {remedy}.") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

@@ -17,6 +17,7 @@ import psutil
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_PORT_BASE, SLURM_PORT_RANGE = 20000, 10000
+PORTS = 2**16
 
 
 class LaunchError(RuntimeError):
@@ -83,6 +84,11 @@ def _checked(launch: Launch) -> Launch:
         raise LaunchError(
             f"rank {launch.rank}, local rank {launch.local_rank}, world size {launch.world_size} ({launch.source}): "
             "a rank must be in [0, world size). Check the launch command."
+        )
+    if not launch.master_addr.strip() or not 0 < launch.master_port < PORTS:
+        raise LaunchError(
+            f"MASTER_ADDR = {launch.master_addr!r}, MASTER_PORT = {launch.master_port} ({launch.source}): must be a "
+            f"host and a port from 1 to {PORTS - 1}. Set both, or neither and let the launcher do it."
         )
     return launch
 

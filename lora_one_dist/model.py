@@ -39,6 +39,7 @@ from lora_one_dist import comm, sharding
 from lora_one_dist.config import DeepSpeedConfig, LoraConfig, ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CAUSE_CHARACTERS = 300  # of others' errors that ours repeat
 ADAPTER = "default"  # PEFT's name of the one adapter
 
 
@@ -128,7 +129,7 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
         ) from error
     kind, code = str(described.get("model_type")), described.get("auto_map")
     known = kind in CONFIG_MAPPING
-    value = f"model.path = {config.path}: its model_type = {kind!r}"
+    value = f"model.path = {config.path}: its model_type = {described.get('model_type')!r}"
     causal = known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if isinstance(code, dict) and "AutoModelForCausalLM" in code and not causal:
         if not config.trust_remote_code:
@@ -153,8 +154,8 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:CAUSE_CHARACTERS].rstrip(".: ") or type(error).__name__
 
 
 def local_folder(path: str, trust_remote_code: bool, allow_pickle: bool = False) -> Path:

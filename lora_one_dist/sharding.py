@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,18 +82,25 @@ def read_header(path: Path) -> dict[str, TensorSource | None]:
     """
     try:
         length, header = _header(path)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: is no safetensors file ({type(error).__name__}). Fetch it again.") from error
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            size, dtype = math.prod(entry["shape"]), FILE_DTYPES.get(entry["dtype"])
+            if not 0 <= start <= stop or (dtype is not None and stop - start != size * dtype.itemsize):
+                raise ValueError(f"{name}: {entry} contradicts itself")
+            end = max(end, stop)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(f"{path}: is no safetensors file ({what}). Fetch it again.") from error
     size = path.stat().st_size
     if size != 8 + length + end:
         raise WeightsError(f"{path}: has {size} bytes, its header says {8 + length + end}. Copy or fetch it again.")
     sources: dict[str, TensorSource | None] = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            dtype = FILE_DTYPES.get(entry["dtype"])
-            offset = 8 + length + entry["data_offsets"][0]
-            sources[name] = None if dtype is None else TensorSource(path, offset, dtype, tuple(entry["shape"]))
+        dtype = FILE_DTYPES.get(entry["dtype"])
+        offset = 8 + length + entry["data_offsets"][0]
+        sources[name] = None if dtype is None else TensorSource(path, offset, dtype, tuple(entry["shape"]))
     return sources
 
 
