@@ -126,7 +126,7 @@ def read_run(root: Path) -> dict[str, Any] | None:
         run["identity"]["config"], run["identity"]["targets"]  # what it is read for
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}). Give another output_dir, and resume: CHECKPOINT to go on there."
+            f"{path} is damaged ({type(error).__name__}). Give another output_dir, and a checkpoint as resume."
         ) from error
     return run
 
@@ -314,7 +314,8 @@ class Store:
         self.best: dict[str, Any] | None = None
 
     def open(self, found: Found | None) -> None:
-        """Make the folder, remove what was left half-done, and set aside what is newer than ``found``.  Collective."""
+        """Make the folder, finish what was left half-done, and set aside what is newer than ``found``.  Collective."""
+        own = found is not None and found.folder.parent == self.root
 
         def prepare() -> dict[str, Any] | None:
             if comm.rank() != 0:
@@ -326,25 +327,36 @@ class Store:
                     aside = self.root / f"{name}.damaged"
                     shutil.rmtree(aside, ignore_errors=True)
                     (self.root / name).rename(aside)
-            return self._read_best(found)
+            self.best = self._read_best(found)
+            if found is not None and own:
+                self._tidy(found.step)
+                self._point_at_best()
+            return self.best
 
         with comm.all_or_none("opening the checkpoints"):
             best = prepare()
         self.best = comm.all_gather_object(best)[0]
-        self.newest = found.step if found is not None and found.folder.parent == self.root else None
+        self.newest = found.step if found is not None and own else None
 
     def _read_best(self, found: Found | None) -> dict[str, Any] | None:
+        """The better one of best.json's and that of ``found``: a crash may have come between the two."""
+        if found is None or found.state["identity"]["eval_data"] != self.identity["eval_data"]:
+            return None
+        named = [best for best in (self._read_best_file(), found.state["best"]) if best is not None]
+        there = [best for best in named if (self.root / f"step-{best['step']}").is_dir()]
+        return min(there, key=lambda best: best["eval_loss"], default=None)
+
+    def _read_best_file(self) -> dict[str, Any] | None:
         path = self.root / "best.json"
-        if found is None or found.state["identity"]["eval_data"] != self.identity["eval_data"] or not path.is_file():
+        if not path.is_file():
             return None
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            best = {"step": int(read["step"]), "eval_loss": float(read["eval_loss"])}
+            return {"step": int(read["step"]), "eval_loss": float(read["eval_loss"])}
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{path} is damaged. Remove it: the best checkpoint so far is then forgotten."
             ) from error
-        return best if (self.root / f"step-{best['step']}").is_dir() else None
 
     def save(
         self, step: int, adapter: Mapping[str, bytes], optimizer: LayerShardedOptimizer, state: Mapping[str, Any]
@@ -388,13 +400,11 @@ class Store:
     def set_best(self, step: int, loss: float) -> None:
         """``step-N``, which is saved, is the best so far.  Collective."""
         self.best = {"step": step, "eval_loss": loss}
-        text = json.dumps(self.best) + "\n"
+        folders.on_all("noting the best checkpoint", self._point_at_best, self.settings.timeout_seconds)
 
-        def point() -> None:
-            if comm.rank() == 0:
-                folders.replace_file(self.root / "best.json", text)
-
-        folders.on_all("noting the best checkpoint", point, self.settings.timeout_seconds)
+    def _point_at_best(self) -> None:
+        if comm.rank() == 0 and self.best is not None:
+            folders.replace_file(self.root / "best.json", json.dumps(self.best) + "\n")
 
     def save_group(self, name: str, part: Initialisation, owned: set[str]) -> None:
         """Keep the initial pairs of a layer group, of which this rank owns some.  Collective."""

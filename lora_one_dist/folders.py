@@ -140,7 +140,8 @@ def replace_file(path: Path, text: str) -> None:
 def replace(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder without a manifest, in place of an older one.  Not collective."""
     beside = _beside(folder, "partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    for left in (beside, _beside(folder, "removed")):  # of one that never came to its end
+        shutil.rmtree(left, ignore_errors=True)
     for name, content in files.items():
         _write_file(beside / name, content)
     sync_folder(beside)
@@ -210,6 +211,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             raise ValueError("it is not what was written")
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
             raise ValueError("it names a file outside of the folder")
+        if not all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in files.values()):
+            raise ValueError("a file's size or hash is of another kind")
     except OSError as error:
         raise FolderError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

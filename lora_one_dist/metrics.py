@@ -59,7 +59,11 @@ class RunFolder:
             self.lines = (root / "metrics.jsonl").open("a", encoding="utf-8")
             if self.lines.tell() > keep_bytes:
                 self.lines.truncate(keep_bytes)
-            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=0 if step is None else step + 1)
+            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=step or 0)
+            for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                values = json.loads(line)
+                if (own := values.pop("step")) == step:  # purged with what came after the checkpoint
+                    self._show(own, values)
 
     def say(self, message: str) -> None:
         """One line of progress."""
@@ -90,9 +94,7 @@ class RunFolder:
         try:
             self.lines.write(json.dumps({"step": step, **values}) + "\n")
             self.lines.flush()  # what the disk does not take stays in the buffer for the next time
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, step)
+            self._show(step, values)
             self.complained = False
         except OSError as error:
             if self.stop_on_failure:
@@ -100,6 +102,11 @@ class RunFolder:
             if not self.complained:
                 self.say(f"warning: metrics.jsonl and TensorBoard cannot be written: {error}. The run goes on.")
             self.complained = True
+
+    def _show(self, step: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(key, value, step)
 
     def size_bytes(self) -> int:
         """Of metrics.jsonl so far."""

@@ -478,12 +478,12 @@ def _note_eval(job: _Job, now: _Progress, values: dict[str, float]) -> None:
     config, store = job.config, job.store
     loss = values.get("eval_loss", math.nan)
     wanted = config.checkpoint.keep_best and config.train.eval_steps and store.is_best(loss)
-    if wanted and _save(job, now):
+    if wanted and _save(job, now, {"step": now.step, "eval_loss": loss}):
         _guard(job, lambda: store.set_best(now.step, loss))
 
 
-def _save(job: _Job, now: _Progress) -> bool:
-    """Save a checkpoint of now; False if that failed and the run shall go on without.  Collective."""
+def _save(job: _Job, now: _Progress, best: dict[str, Any] | None = None) -> bool:
+    """Save a checkpoint of now (the ``best``?); False if that failed and the run shall go on without.  Collective."""
     config, read, record = job.config, job.read, job.record
     if job.store.newest == now.step:
         return True
@@ -498,6 +498,7 @@ def _save(job: _Job, now: _Progress) -> bool:
         "schedule": {"total_steps": total, "lr": optim.learning_rate(now.step, total, config.optim)},
         "before": now.before,
         "evaluated": now.evaluated,
+        "best": best or job.store.best,
         "metrics_bytes": record.size_bytes(),
         "versions": metrics.versions(),
     }
