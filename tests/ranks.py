@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240
+RENDEZVOUS_SECONDS = 20  # of commands: no launcher ends those that wait for one that died
 PRELOAD = ["tests.ranks", "lora_one_dist.train", "tests.models"]
 
 _context = multiprocessing.get_context("forkserver")
@@ -112,30 +113,42 @@ def run_commands(
     folder: Path, world_size: int, function: Callable[..., Any], *args: Any, hosts: Sequence[str] | None = None
 ) -> list[tuple[int, str]]:
     """Do what launch/train.py does with ``function(*args)`` for a run; returns each rank's exit code and stderr."""
-    started = []
-    for rank, (env, host) in enumerate(_environments(world_size, hosts)):
-        stderr = folder / f"{rank}.stderr"
-        started.append((_context.Process(target=_command, args=(env, host, stderr, function, args)), stderr))
-        started[-1][0].start()
-    for process, _ in started:
+    processes = start_commands(folder, world_size, function, *args, hosts=hosts)
+    for process in processes:
         process.join(TIMEOUT_SECONDS)
         if process.is_alive():
             process.kill()
-    return [(process.exitcode, stderr.read_text()) for process, stderr in started]
+    return [(process.exitcode, (folder / f"{rank}.stderr").read_text()) for rank, process in enumerate(processes)]
 
 
-def _command(env: dict[str, str], host: str, stderr: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def start_commands(
+    folder: Path, world_size: int, function: Callable[..., Any], *args: Any, hosts: Sequence[str] | None = None
+) -> list[Any]:
+    """Start what :func:`run_commands` waits for.  A number that the function returns is the exit code."""
+    processes = []
+    for rank, (env, host) in enumerate(_environments(world_size, hosts)):
+        streams = (folder / f"{rank}.stdout", folder / f"{rank}.stderr")
+        processes.append(_context.Process(target=_command, args=(env, host, streams, function, args)))
+        processes[-1].start()
+    return processes
+
+
+def _command(
+    env: dict[str, str], host: str, streams: tuple[Path, Path], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     from lora_one_dist import comm
+    from lora_one_dist.config import CommConfig
 
     _become(env, host)
-    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     try:
-        comm.init()
-        function(*args)
+        comm.init(CommConfig(rendezvous_seconds=RENDEZVOUS_SECONDS))
+        code = function(*args)
         comm.shutdown()
     except Exception as error:
         comm.fail(error)
-    os._exit(0)
+    os._exit(code or 0)
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
