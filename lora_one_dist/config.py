@@ -599,7 +599,8 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
         if key in policy:
             yield f"deepspeed.config = {path}: sets {key!r}, which the run's YAML sets. Take it out of the JSON."
     stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 3):
+    known = ZERO_KEYS.get(stage) if type(stage) is int else None
+    if known is None:
         yield (
             f"deepspeed.config = {path}: zero_optimization.stage = {stage!r}, must be 0 or 3. A frozen base has no "
             "gradients or moments for stages 1 and 2 to partition: 0 takes the same memory, 3 less."
@@ -611,7 +612,7 @@ def _check_deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[str]:
         )
     for key in sorted(set(policy) - {"zero_optimization", *DEEPSPEED_KEYS_SET_BY_CODE}):
         yield f"deepspeed.config = {path}: {key!r} has no effect here or is not supported. Take it out."
-    for key in sorted(set(zero) - ZERO_KEYS.get(stage, set(zero))):
+    for key in sorted(set(zero) - (known or set(zero))):
         yield (
             f"deepspeed.config = {path}: zero_optimization.{key} has no effect on a frozen base at stage {stage}, or "
             "is not supported. Take it out."

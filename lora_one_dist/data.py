@@ -132,7 +132,7 @@ def _load_file(path: str) -> Dataset:
     try:
         if not Path(path).is_file() or Path(path).suffix not in DATA_SUFFIXES:
             raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
-        if kind != "parquet" and sum(bool(line.strip()) for line in _lines(path)) <= (kind == "csv"):  # its header
+        if kind != "parquet" and _count_lines(path, kind) <= (kind == "csv"):  # its header
             raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
         if kind == "csv":  # as strings: pandas' own types make 007 a 7, and text such as NA or None a null
             strings = Features(dict.fromkeys(_csv_header(path), Value("string")))
@@ -150,6 +150,18 @@ def _load_file(path: str) -> Dataset:
     except Exception as error:  # each reader has its own kinds
         where = _find_bad_json(path) if kind == "json" else path
         raise DataError(f"{where}: cannot be read as {kind} ({_cause(error)}). Mend or remove it.") from error
+
+
+def _count_lines(path: str, kind: str) -> int:
+    """Lines that hold something.  Raises DataError for a null in place of an object, which crashes pyarrow."""
+    first, count = "", 0
+    for number, line in enumerate(_lines(path), start=1):
+        text = line.strip()
+        first, count = first or text[:1], count + bool(text)
+        # It ends the process with a segmentation fault (apache/arrow#47409, seen with pyarrow 26).
+        if kind == "json" and first != "[" and text.startswith("null"):
+            raise DataError(f"{path}, line {number}: must be an object, is {text:.20}. Mend or remove it.")
+    return count
 
 
 def _cause(error: BaseException) -> str:

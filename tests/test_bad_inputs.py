@@ -290,6 +290,7 @@ ZERO = {
     "nested too deep": (zero_is("[" * 100_000), ["deepspeed.config = stage0.json", "cannot be read as JSON"]),
     "stage 2": (zero_is({"zero_optimization": {"stage": 2}}), ["stage = 2, must be 0 or 3", "0 takes the same memory"]),
     "stage is text": (zero_is({"zero_optimization": {"stage": "3"}}), ["stage = '3', must be 0 or 3"]),
+    "stage is a list": (zero_is({"zero_optimization": {"stage": []}}), ["stage = [], must be 0 or 3"]),
     "precision": (zero_is({"bf16": {"enabled": True}}), ["sets 'bf16', which the run's YAML sets", "Take it out"]),
     "unknown key": (zero_is({"zero_optimisation": {}}), ["'zero_optimisation' has no effect here", "Take it out"]),
     "NVMe": (
@@ -327,6 +328,8 @@ DATA = {
     ),
     "cut off": (train_is(ROW * 3 + ROW[:20]), ["train.jsonl, line 4", "cannot be read as json", "Mend or remove"]),
     "not an object": (train_is(ROW + "[1]\n"), ["train.jsonl, line 2", "must be an object, is a list", "Mend"]),
+    "null first": (train_is("null\n" + ROW * 9), ["train.jsonl, line 1: must be an object, is null", "Mend or remove"]),
+    "null later": (train_is(ROW + "\n null\n"), ["train.jsonl, line 3: must be an object, is null", "Mend or remove"]),
     "a number alone": (train_is("5\n"), ["train.jsonl, line 1", "must be an object, is a int", "Mend"]),
     "not UTF-8": (train_is(ROW.encode() + b'{"prompt": "\xe9"}\n'), ["train.jsonl, line 2: byte 0xe9 is not UTF-8"]),
     "UTF-16": (
