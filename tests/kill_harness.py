@@ -254,8 +254,8 @@ def _half(target: Any, value: Any, *_: Any) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(value[: len(value) // 2])
     else:
-        target.lines.write(json.dumps({"step": value})[:-1])
-        target.lines.flush()
+        with (target.root / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"step": value})[:-1])
 
 
 # Around it ------------------------------------------------------------------------------------------------------------
