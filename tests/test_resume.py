@@ -98,8 +98,8 @@ def test_run_goes_on_at_any_number_of_ranks(base, tmp_path):
     ours, its = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, straight))
     gap = max(float((ours[name] - its[name]).abs().max() / its[name].abs().max()) for name in its)
     print(f"largest difference of a loss {max(differences):.1e}, of an adapter's element to its largest {gap:.1e}")
-    # As between runs that stay at different numbers of ranks (test_train.py): fp32 sums in another order, carried through
-    # 14 steps. Measured: 7e-7 and 2e-7.
+    # As between runs that stay at different numbers of ranks (test_train.py): fp32 sums in another order, carried
+    # through 14 steps. Measured: 7e-7 and 2e-7.
     assert max(differences) <= 1e-5
     assert gap <= 1e-5
     assert json.loads((out / "run.json").read_text())["resumed_from"] == 11
