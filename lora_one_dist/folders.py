@@ -55,6 +55,9 @@ def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> int:
     partial = _beside(folder, "partial")
 
     def write_own() -> dict[str, dict[str, Any]]:
+        partial.mkdir(exist_ok=True)  # and no folder above: where a disk is gone, nothing is written beneath it
+        for inner in {(partial / name).parent for name in own}:
+            inner.mkdir(parents=True, exist_ok=True)
         return {name: _write_file(partial / name, content) for name, content in own.items()}
 
     try:
@@ -103,7 +106,6 @@ def on_all(doing: str, work: Callable[[], Result], seconds: float) -> Result:
 
 def _write_file(path: Path, content: bytes) -> dict[str, Any]:
     """Write and sync.  Returns the file's entry in the manifest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -142,6 +144,7 @@ def replace(folder: Path, files: Mapping[str, bytes]) -> None:
     beside = _beside(folder, "partial")
     for left in (beside, _beside(folder, "removed")):  # of one that never came to its end
         shutil.rmtree(left, ignore_errors=True)
+    beside.mkdir()
     for name, content in files.items():
         _write_file(beside / name, content)
     sync_folder(beside)

@@ -56,7 +56,8 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
 
             root.mkdir(parents=True, exist_ok=True)
-            self.lines = (root / "metrics.jsonl").open("a", encoding="utf-8")
+            self.lines = (root / "metrics.jsonl").open("ab", buffering=0)
+            self.pending = b""  # what the disk has not taken yet
             if self.lines.tell() > keep_bytes:
                 self.lines.truncate(keep_bytes)
             self.board = SummaryWriter(str(root / "tensorboard"), purge_step=step or 0)
@@ -91,9 +92,9 @@ class RunFolder:
         """One line of metrics.jsonl, and its numbers in TensorBoard."""
         if not self.writes:
             return
+        self.pending += (json.dumps({"step": step, **values}) + "\n").encode()
         try:
-            self.lines.write(json.dumps({"step": step, **values}) + "\n")
-            self.lines.flush()  # what the disk does not take stays in the buffer for the next time
+            self._write_pending()
             self._show(step, values)
             self.complained = False
         except OSError as error:
@@ -103,21 +104,38 @@ class RunFolder:
                 self.say(f"warning: metrics.jsonl and TensorBoard cannot be written: {error}. The run goes on.")
             self.complained = True
 
+    def _write_pending(self) -> None:
+        while self.pending:
+            self.pending = self.pending[self.lines.write(self.pending) :]
+
     def _show(self, step: int, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(key, value, step)
+        """In TensorBoard, which leaves out what its disk does not take."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.board = self.board or SummaryWriter(str(self.root / "tensorboard"))
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, step)
+        except OSError:
+            self.board = None  # its thread has ended: another file the next time
+            raise
 
     def size_bytes(self) -> int:
         """Of metrics.jsonl so far."""
+        if self.writes:
+            with contextlib.suppress(OSError):
+                self._write_pending()
         return os.fstat(self.lines.fileno()).st_size if self.writes else 0
 
     def close(self) -> None:
         """Flush what is open."""
         if self.writes:
             try:
+                self._write_pending()
                 self.lines.close()
-                self.board.close()
+                if self.board is not None:
+                    self.board.close()
             except OSError as error:
                 if self.stop_on_failure:
                     raise
