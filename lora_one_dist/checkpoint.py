@@ -386,12 +386,15 @@ class Store:
         if comm.rank() != 0:
             return
         folders.replace_file(self.root / "latest", f"step-{step}\n")
+        self._prune()
+        for group in self.root.glob("init-*-of-*"):
+            folders.remove(group)
+
+    def _prune(self) -> None:
         kept = {f"step-{self.best['step']}"} if self.best is not None else set()
         for name in _steps(self.root)[self.settings.keep_last :]:
             if name not in kept:
                 folders.remove(self.root / name)
-        for group in self.root.glob("init-*-of-*"):
-            folders.remove(group)
 
     def is_best(self, loss: float) -> bool:
         """Is this eval loss lower than that of every checkpoint so far?  Not collective; the same on all ranks."""
@@ -403,8 +406,10 @@ class Store:
         folders.on_all("noting the best checkpoint", self._point_at_best, self.settings.timeout_seconds)
 
     def _point_at_best(self) -> None:
+        """And the best before it goes."""
         if comm.rank() == 0 and self.best is not None:
             folders.replace_file(self.root / "best.json", json.dumps(self.best) + "\n")
+            self._prune()
 
     def save_group(self, name: str, part: Initialisation, owned: set[str]) -> None:
         """Keep the initial pairs of a layer group, of which this rank owns some.  Collective."""

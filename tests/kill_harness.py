@@ -333,7 +333,9 @@ class Harness:
         started = time.monotonic()
         for moment in moments:
             codes = self._attempt(folder, "lora_one", moment)
-            if codes != [0] * RANKS:  # else it was over before
+            if codes == [0] * RANKS:
+                trial.killed += " (too late: it was over)"
+            else:
                 self._check_death(trial, codes, moment.ranks)
         self._finish(trial, folder, reference, "lora_one")
         trial.seconds = time.monotonic() - started
