@@ -69,6 +69,7 @@ def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> int:
             cleaner = threading.Thread(target=shutil.rmtree, args=(partial, True), daemon=True)
             cleaner.start()
             cleaner.join(CLEANING_SECONDS)
+        comm.barrier()  # or another rank's next try would be cleaned away too
         raise
     return sum(entry["bytes"] for entry in files.values())
 
