@@ -97,9 +97,9 @@ ERRORS = [
         "train.py",
         (
             (
-                "        part = model.loss_sum(base.module, batch) / targets\n",
+                "        part = model.loss_sum(job.base.module, batch) / targets\n",
                 "        own = max(1, int((batch['labels'][:, 1:] != -100).sum()))\n"
-                "        part = model.loss_sum(base.module, batch) / own / (len(indices) / len(samples))\n",
+                "        part = model.loss_sum(job.base.module, batch) / own / (len(indices) / len(samples))\n",
             ),
         ),
         "test_train.py",
@@ -364,6 +364,94 @@ ERRORS = [
         (('    if number != signal.SIGTERM or "SLURM_JOB_ID" not in os.environ:\n', "    if True:\n"),),
         "test_supervise.py",
         "slurm",
+    ),
+    Planted(
+        "second moments lost on resume",
+        "optim.py",
+        (
+            (
+                '(("master", self.masters), ("exp_avg", self.first), ("exp_avg_sq", self.second))',
+                '(("master", self.masters), ("exp_avg", self.first))',
+            ),
+        ),
+        "test_resume.py",
+        "same_bits and lora_one",
+    ),
+    Planted(
+        "bias correction counted anew on resume",
+        "optim.py",
+        (("self.steps, self.checked = steps, steps > 0", "self.steps, self.checked = 0, steps > 0"),),
+        "test_resume.py",
+        "same_bits and lora_one",
+    ),
+    Planted(
+        "the base compensated with the wrong sign on resume",
+        "adapters.py",
+        (("-reader.get_tensor(B)[:, r:]", "reader.get_tensor(B)[:, r:]"),),
+        "test_resume.py",
+        "same_bits and lora_ga",
+    ),
+    Planted(
+        "dropout's seed left to chance",
+        "train.py",
+        (
+            (
+                "    _seed_dropout(job, step)\n    for samples, batch in _micro_batches(job, indices):\n        part",
+                "    for samples, batch in _micro_batches(job, indices):\n        part",
+            ),
+        ),
+        "test_kill.py",
+        "point",
+    ),
+    Planted(
+        "hashes not compared",
+        "folders.py",
+        (('if digest.hexdigest() != entry["sha256"]:', "if False:"),),
+        "test_resume.py",
+        "damaged_file",
+    ),
+    Planted(
+        "a checkpoint appears before its manifest",
+        "folders.py",
+        (
+            (
+                "    _write_file(partial / MANIFEST, manifest_text(files).encode())\n",
+                "    partial.rename(folder)\n    partial = folder\n"
+                "    _write_file(partial / MANIFEST, manifest_text(files).encode())\n",
+            ),
+            (
+                "    partial.rename(folder)\n    sync_folder(folder.parent)\n\n\ndef sync",
+                "    sync_folder(folder.parent)\n\n\ndef sync",
+            ),
+        ),
+        "test_folders.py",
+        "failure_of_rank_0",
+    ),
+    Planted(
+        "metrics of steps that are done again stay",
+        "metrics.py",
+        (("if self.lines.tell() > keep_bytes:", "if False:"),),
+        "test_kill.py",
+        "point",
+    ),
+    Planted(
+        "another base of the same shape taken for this one",
+        "sharding.py",
+        (('label.encode() + b"\\0" + file.read(min(count, SAMPLE_BYTES))', "label.encode()"),),
+        "test_resume.py",
+        "another_run",
+    ),
+    Planted(
+        "ranks stop without asking each other",
+        "train.py",
+        (
+            (
+                "loss, tokens, asked = comm.all_sum(sums).tolist()",
+                "loss, tokens, _ = comm.all_sum(sums).tolist()\n        asked = comm.stop_asked()",
+            ),
+        ),
+        "test_resume.py",
+        "any_number_of_ranks",
     ),
 ]
 
