@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from tests.ranks import start_commands, write_json_lines  # noqa: E402
 RANKS = 2
 SECONDS = 90  # for an attempt that takes about four, on a busy machine
 LAYERS, GROUPS, PARTS = 14, 2, 2  # targets of two blocks, layer groups, halves of the init batch
+SOONER = 0.8  # when a run was over before its moment came
 SVDS = 3  # of a layer: its gradient's and both halves'
 START, FIRST_GROUP, BOTH_GROUPS, END = "the start", "layer group 1", "layer group 2", "its end"
 COMPARED = ("loss", "grad_norm", "lr", "eval_loss", "exact_match")
@@ -331,8 +332,12 @@ class Harness:
         killed = ", then ".join("all" if len(m.ranks) == RANKS else f"rank {m.ranks[0]}" for m in moments)
         trial = Trial(name, killed, "", 0.0)
         started = time.monotonic()
-        for moment in moments:
+        for number, moment in enumerate(moments):
             codes = self._attempt(folder, "lora_one", moment)
+            while codes == [0] * RANKS and number == 0:  # it was over: once more, and sooner
+                moment = replace(moment, seconds=SOONER * moment.seconds)
+                folder = self._folder("trial")
+                codes = self._attempt(folder, "lora_one", moment)
             if codes == [0] * RANKS:
                 trial.killed += " (too late: it was over)"
             else:

@@ -118,6 +118,7 @@ def test_wrong_shape_is_a_bug_and_stops_before_anything_is_written():
 
 def test_older_adapter_and_leftovers_are_replaced_as_a_whole(config, tmp_path):
     folder = tmp_path / "deep" / "adapter"
+    folder.parent.mkdir()
     export(folder, config(), adapters(0), TARGETS, None)
     (folder / "stale.bin").touch()
     leftover = folder.with_name(".adapter.partial")
@@ -136,7 +137,6 @@ def test_older_adapter_survives_a_write_that_fails(config, tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full_disk(path, content):
-        path.parent.mkdir()
         path.write_bytes(content[: len(content) // 2])
         raise OSError("No space left on device")
 

@@ -63,7 +63,7 @@ def test_rank_that_raises_in_mid_run_is_named_with_its_traceback(fresh_hosts, tm
     """A full file system on rank 0's host: what a rank meets between two collectives, told once and first."""
     hosts, out = fresh_hosts, tmp_path / "disk" / "run"
     out.parent.mkdir()
-    job = jobs.start(hosts, "mpirun", 4, 1, out, "train.max_steps=3000")
+    job = jobs.start(hosts, "mpirun", 4, 1, out, "train.max_steps=3000", "checkpoint.on_failure=stop")
     try:
         jobs.wait_for_steps(job, out / "metrics.jsonl", 2)
         started = time.monotonic()
