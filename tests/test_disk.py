@@ -63,6 +63,8 @@ FAULTS = {
     GONE: (lambda place: mount("-t", "tmpfs", "tmpfs", str(place)), unmount),
 }
 
+EACH = [FULL, *(pytest.param(fault, marks=pytest.mark.full) for fault in (READ_ONLY, GONE))]
+
 
 def run_with_fault(raw: dict, fault: str, place: Path) -> None:
     """Runs on a rank: a run whose disk is out of order for two steps."""
@@ -118,7 +120,7 @@ def straight(model_folder, tmp_path_factory):
     return outcome(Path(raw["output_dir"]))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", EACH)
 def test_run_goes_on_without_saving_until_the_disk_is_back(fault, model_folder, straight, disk, tmp_path):
     text = said_by(tmp_path, run_with_fault, tiny(model_folder, disk / "run"), fault, disk)
     for step in (BAD, BAD + 1):
@@ -132,7 +134,7 @@ def test_run_goes_on_without_saving_until_the_disk_is_back(fault, model_folder, 
     assert not (disk / "filler").exists()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", EACH)
 def test_run_that_shall_stop_names_the_fault_and_goes_on_when_the_disk_is_back(
     fault, model_folder, straight, disk, tmp_path
 ):
