@@ -99,7 +99,7 @@ def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, e
 
 def refuse_used_folder(root: Path, resume: str) -> None:
     """Raise CheckpointError if the folder holds anything but a run to go on with.  Not collective."""
-    place = next(path for path in (root, *root.absolute().parents) if path.exists())
+    place = _existing(root)
     if place != root and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise CheckpointError(f"output_dir = {root}: {place} is no folder to write to. Give another path.")
     if place != root:
@@ -114,6 +114,11 @@ def refuse_used_folder(root: Path, resume: str) -> None:
     read_run(root)
     if resume == "never":
         raise CheckpointError(f"output_dir = {root}: holds a run, and resume is never. {remedy}")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def read_run(root: Path) -> dict[str, Any] | None:
@@ -133,9 +138,8 @@ def read_run(root: Path) -> dict[str, Any] | None:
 
 def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> None:
     """Raise CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
-    place = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
     more = 1 if _steps(root / "checkpoints") else ROOM
-    needed, free = more * size_bytes(config, targets), shutil.disk_usage(place).free
+    needed, free = more * size_bytes(config, targets), shutil.disk_usage(_existing(root)).free
     if needed > free:
         raise CheckpointError(
             f"output_dir = {root}: {free / 2**20:.1f} MiB are free, {ROOM} checkpoints must fit: {more} more take "

@@ -190,8 +190,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    return {"config": digest, **sharding.fingerprint(paths)}
+    return {"config": digest, **sharding.fingerprint(weight_files(folder, allow_pickle=True))}
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
