@@ -25,7 +25,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,15 +218,29 @@ def _step_of(name: str) -> int:
 
 def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
     """State of a checkpoint, and what is wrong with it or None.  Collective."""
+
+    def judge(state: dict[str, Any]) -> str | None:
+        if state.get("format") != FORMAT:
+            return f"{folder / STATE} has format {state.get('format')}, this version reads {FORMAT}"
+        if "step" not in state:
+            return f"{folder} is no checkpoint but a part of an initialisation"
+        if STEP.fullmatch(folder.name) and state["step"] != _step_of(folder.name):
+            return f"{folder / STATE} holds step {state['step']}: the folder was renamed, or is another one's"
+        return None
+
+    return _read_state(folder, judge)
+
+
+def _read_state(folder: Path, judge: Callable[[dict[str, Any]], str | None]) -> tuple[dict[str, Any], str | None]:
+    """State of a folder whose files are whole, and what is wrong with either or None.  Collective.
+
+    Args:
+        judge: says on rank 0 what is wrong with the state.
+    """
     fault, state = folders.fault(folder), {}
     if fault is None and comm.rank() == 0:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT:
-            fault = f"{folder / STATE} has format {state.get('format')}, this version reads {FORMAT}"
-        elif "step" not in state:
-            fault = f"{folder} is no checkpoint but a part of an initialisation"
-        elif STEP.fullmatch(folder.name) and state["step"] != _step_of(folder.name):
-            fault = f"{folder / STATE} holds step {state['step']}: the folder was renamed, or is another one's"
+        fault = judge(state)
     return comm.all_gather_object((state, fault))[0]
 
 
@@ -433,13 +447,8 @@ class Store:
         folder = self.root / name
         if not comm.all_gather_object(folder.is_dir())[0]:
             return None, None
-        fault, state = folders.fault(folder), {}
-        if fault is None and comm.rank() == 0:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            refused, _ = differences(state["identity"], self.identity)
-            fault = "; ".join(refused) or None
-        state, fault = comm.all_gather_object((state, fault))[0]
-        if fault is not None:
+        state, fault = _read_state(folder, lambda state: "; ".join(differences(state["identity"], self.identity)[0]))
+        if fault:
             with comm.all_or_none("removing a damaged layer group"):
                 if comm.rank() == 0:
                     folders.remove(folder)
