@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from lora_one_dist import comm, sharding
+from lora_one_dist import comm, sharding, weights
 from lora_one_dist.config import DeepSpeedConfig, LoraConfig, ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,7 +64,7 @@ class Plan:
     skeleton: Any
     """transformers model with parameters on the meta device."""
     targets: list[Target]
-    sources: dict[str, sharding.TensorSource] | None
+    sources: dict[str, weights.TensorSource] | None
     """Where each tensor's values lie, or None where names do not map one to one."""
 
 
@@ -190,7 +190,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    return {"config": digest, **sharding.fingerprint(weight_files(folder, allow_pickle=True))}
+    return {"config": digest, **weights.fingerprint(weight_files(folder, allow_pickle=True))}
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -385,11 +385,11 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.to("meta") for name, tensor in held.items()}
 
 
-def tensor_sources(files: Sequence[Path], model: Any) -> dict[str, sharding.TensorSource] | None:
+def tensor_sources(files: Sequence[Path], model: Any) -> dict[str, weights.TensorSource] | None:
     """Find every parameter and persistent buffer in safetensors files, by headers alone; None if not one to one."""
-    found: dict[str, sharding.TensorSource | None] = {}
+    found: dict[str, weights.TensorSource] = {}
     for path in files:
-        found |= sharding.read_header(path)
+        found |= weights.read_header(path)
     state = model.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -398,7 +398,7 @@ def tensor_sources(files: Sequence[Path], model: Any) -> dict[str, sharding.Tens
     for names in names_of.values():
         present = next((name for name in names if name in found), "")
         source = found.get(present)
-        if source is None or source.shape != tuple(state[present].shape):
+        if source is None or source.kind not in weights.BASE_DTYPES or source.shape != tuple(state[present].shape):
             return None
         wanted[present] = source
     known = set(state) | {name for name, _ in model.named_buffers()}

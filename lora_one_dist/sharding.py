@@ -11,14 +11,10 @@ of the parameters below ``stage3_param_persistence_threshold``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -32,6 +28,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from lora_one_dist import comm
+from lora_one_dist.weights import TensorSource, WeightsError
 
 if not torch.cuda.is_available():
     # deepspeed.init_distributed compiles a C++ shared-memory all-reduce on a CPU (minutes, and a killed build leaves
@@ -39,13 +36,6 @@ if not torch.cuda.is_available():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
-SAMPLE_BYTES = 4096  # of each tensor, in a fingerprint
-MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
-FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be read."""
 
 
 class _UnfilledInit(deepspeed.zero.Init):
@@ -59,81 +49,6 @@ class _UnfilledInit(deepspeed.zero.Init):
     def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where the values of one tensor lie: file, byte offset of the first, type and shape."""
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, TensorSource | None]:
-    """The tensors of a safetensors file by name; None for types that no base is stored in.  Reads no values.
-
-    We read values by offset, not through the library's memory map: a rank then touches its own bytes only, in order,
-    which parallel file systems serve well and maps do not.  The format is fixed: 8 bytes of length, JSON, values.
-
-    Raises:
-        WeightsError: if the file is cut short or is no safetensors file.
-    """
-    try:
-        length, header = _header(path)
-        header.pop("__metadata__", None)
-        end = 0
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            size, dtype = math.prod(entry["shape"]), FILE_DTYPES.get(entry["dtype"])
-            if not 0 <= start <= stop or (dtype is not None and stop - start != size * dtype.itemsize):
-                raise ValueError(f"{name}: {entry} contradicts itself")
-            end = max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"{path}: is no safetensors file ({what}). Fetch it again.") from error
-    size = path.stat().st_size
-    if size != 8 + length + end:
-        raise WeightsError(f"{path}: has {size} bytes, its header says {8 + length + end}. Copy or fetch it again.")
-    sources: dict[str, TensorSource | None] = {}
-    for name, entry in header.items():
-        dtype = FILE_DTYPES.get(entry["dtype"])
-        offset = 8 + length + entry["data_offsets"][0]
-        sources[name] = None if dtype is None else TensorSource(path, offset, dtype, tuple(entry["shape"]))
-    return sources
-
-
-def fingerprint(paths: Sequence[Path]) -> dict[str, Any]:
-    """What tells one set of weights from another: names, types, shapes, and SAMPLE_BYTES in the middle of each tensor.
-
-    A base that was trained further differs in every tensor, so this finds it without reading all of it.  Files other
-    than safetensors are sampled as if they were one tensor.  Not collective.
-    """
-    digest, total = hashlib.sha256(), 0
-    for path in paths:
-        size = path.stat().st_size
-        total += size
-        spans: list[tuple[str, int, int]] = [(path.name, 0, size)]
-        if path.suffix == ".safetensors":
-            length, header = _header(path)
-            spans = []
-            for name, entry in sorted(header.items()):
-                if name != "__metadata__":
-                    first, last = entry["data_offsets"]
-                    spans.append((f"{name} {entry['dtype']} {entry['shape']}", 8 + length + first, last - first))
-        with path.open("rb") as file:
-            for label, start, count in spans:
-                file.seek(start + max(0, count - SAMPLE_BYTES) // 2)
-                digest.update(label.encode() + b"\0" + file.read(min(count, SAMPLE_BYTES)))
-    return {"weights": digest.hexdigest(), "bytes": total}
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Length in bytes and content of a safetensors file's header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return length, json.loads(file.read(length) if length < MAX_HEADER_BYTES else b"")
 
 
 @dataclass
@@ -279,6 +194,7 @@ def _read_own(param: Any, source: TensorSource, file: BinaryIO) -> None:
     """Fill what this rank holds of a parameter: its own bytes of the file and no others, a slab at a time."""
     own, start = _own_range(param)
     in_place = own.device.type == "cpu" and own.dtype == source.dtype
+    assert source.dtype is not None, f"{source}: refused by model.tensor_sources"
     size = source.dtype.itemsize
     file.seek(source.offset + start * size)
     for slab in own.split(SLAB_BYTES // size):

@@ -32,7 +32,7 @@ READERS = [  # everything that reads values of the base
     "lora_one_dist.sharding.load_slices",
     "lora_one_dist.sharding._read_own",
     "lora_one_dist.sharding.load_pretrained",
-    "lora_one_dist.sharding.fingerprint",
+    "lora_one_dist.weights.fingerprint",
     "transformers.modeling_utils.safe_open",
 ]
 

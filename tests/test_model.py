@@ -23,7 +23,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from lora_one_dist import comm, data, model, sharding
+from lora_one_dist import comm, data, model, sharding, weights
 from lora_one_dist.config import LoraConfig, ModelConfig
 from lora_one_dist.model import ModelError, Target, dropout_off, find_targets
 from tests import models, reference
@@ -165,7 +165,7 @@ def changed(folder: Path, tmp_path: Path, tensors=None, **config) -> Path:
     return copy
 
 
-def stored(source: sharding.TensorSource) -> torch.Tensor:
+def stored(source: weights.TensorSource) -> torch.Tensor:
     raw = bytearray(source.path.read_bytes()[source.offset :])
     count = int(torch.tensor(source.shape).prod())
     return torch.frombuffer(raw, dtype=source.dtype, count=count).view(source.shape)

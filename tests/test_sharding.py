@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_one_dist import sharding
+from lora_one_dist import sharding, weights
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def tensors(tmp_path):
 
 def test_header_gives_types_shapes_and_places(tensors):
     values, path = tensors
-    sources = sharding.read_header(path)
+    sources = weights.read_header(path)
     assert set(sources) == set(values)
-    assert sources["integers"] is None, "no base weight is of this type"
+    assert sources["integers"].kind not in weights.BASE_DTYPES
     for name in ("matrix", "half", "vector"):
         assert (sources[name].dtype, sources[name].shape) == (values[name].dtype, tuple(values[name].shape))
         parameter = torch.nn.Parameter(torch.zeros_like(values[name]), requires_grad=False)
@@ -46,7 +46,7 @@ def test_slabs_and_casts(dtype, slab_bytes, tensors, monkeypatch):
     monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
     parameter = torch.nn.Parameter(torch.zeros(37, 11, dtype=dtype), requires_grad=False)
     with path.open("rb") as file:
-        sharding._read_own(parameter, sharding.read_header(path)["matrix"], file)
+        sharding._read_own(parameter, weights.read_header(path)["matrix"], file)
     assert torch.equal(parameter, values["matrix"].to(dtype))
 
 
@@ -55,15 +55,15 @@ def test_broken_files_are_refused(fault, tensors):
     _, path = tensors
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-5], "longer": content + b"x", "text": b"not a tensor file", "empty": b""}[fault])
-    with pytest.raises(sharding.WeightsError, match=r"model\.safetensors"):
-        sharding.read_header(path)
+    with pytest.raises(weights.WeightsError, match=r"model\.safetensors"):
+        weights.read_header(path)
 
 
 def test_a_file_that_shrinks_is_noticed(tensors):
     _, path = tensors
-    source = sharding.read_header(path)["matrix"]
+    source = weights.read_header(path)["matrix"]
     path.write_bytes(path.read_bytes()[: source.offset + 8])
-    with path.open("rb") as file, pytest.raises(sharding.WeightsError, match="ended early"):
+    with path.open("rb") as file, pytest.raises(weights.WeightsError, match="ended early"):
         sharding._read_own(torch.nn.Parameter(torch.zeros(37, 11), requires_grad=False), source, file)
 
 
