@@ -226,15 +226,20 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a folder, or None if every file is as it was written.  Collective; ranks share the reading."""
-    reason = None
+    reason = own_fault(folder, comm.rank(), comm.world_size())
+    return next((found for found in comm.all_gather_object(reason) if found is not None), None)
+
+
+def own_fault(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with the part of a folder that this rank reads, or None.  Not collective."""
     try:
         files = read_manifest(folder)
         largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-        for name in largest_first[comm.rank() :: comm.world_size()]:
+        for name in largest_first[rank::world_size]:
             _check_file(folder / name, files[name])
     except FolderError as error:
-        reason = str(error)
-    return next((found for found in comm.all_gather_object(reason) if found is not None), None)
+        return str(error)
+    return None
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
