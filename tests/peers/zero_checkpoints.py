@@ -1,0 +1,82 @@
+"""ZeRO-1, 2 and 3 checkpoints by HF Trainer + PEFT, and what the live adapters held.
+
+    torchrun --nproc_per_node N tests/peers/zero_checkpoints.py MODEL_FOLDER OUT
+
+Below OUT/stage-N: checkpoint-2 as the Trainer leaves it, plain/ as engine.save_checkpoint without frozen weights does,
+accelerate/ as Accelerate's save_state does, and live/: the adapter gathered from the model, in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in lora_one_dist/sharding.py: no C++ build on a CPU
+
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+TOKENS, STEPS = 12, 2
+LORA: dict[int, dict[str, Any]] = {  # odd ranks: no number of ranks but 1 divides a parameter
+    1: {"r": 3, "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    2: {"r": 5, "target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"up_proj": 3}},
+    3: {"r": 3, "target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+}
+PRECISION = {1: "fp32", 2: "bf16", 3: "bf16"}
+
+
+def live_adapter(model: Any, stage: int) -> dict[str, torch.Tensor]:
+    if stage < 3:
+        return get_peft_model_state_dict(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with deepspeed.zero.GatheredParameters(trained):
+        gathered = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return get_peft_model_state_dict(model, state_dict=gathered)
+
+
+def train(folder: str, out: Path, stage: int) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=True,
+        bf16=PRECISION[stage] == "bf16",
+        max_steps=STEPS,
+        save_steps=STEPS,
+        per_device_train_batch_size=1,
+        learning_rate=0.05,
+        weight_decay=0.01,
+        report_to=[],
+        disable_tqdm=True,
+        deepspeed={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": PRECISION[stage] == "bf16"},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    torch.manual_seed(stage)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = LoraConfig(lora_alpha=6, task_type="CAUSAL_LM", **LORA[stage])
+    model = get_peft_model(base, settings, autocast_adapter_dtype=False)  # ZeRO-3 takes one type only
+    ids = torch.randint(3, 64, (16, TOKENS), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    live = live_adapter(trainer.model, stage)
+    trainer.model_wrapped.save_checkpoint(str(out / "plain"), tag="last", exclude_frozen_parameters=True)
+    trainer.accelerator.save_state(str(out / "accelerate"))
+    if arguments.process_index == 0:
+        (out / "live").mkdir()
+        save_file({n: t.detach().contiguous() for n, t in live.items()}, out / "live" / "adapter_model.safetensors")
+        trainer.model.peft_config["default"].save_pretrained(out / "live")
+    AcceleratorState._reset_state(True)  # or the next Trainer would take this one's ZeRO stage
+
+
+if __name__ == "__main__":
+    for zero_stage in LORA:
+        train(sys.argv[1], Path(sys.argv[2]) / f"stage-{zero_stage}", zero_stage)
