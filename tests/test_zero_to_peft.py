@@ -244,6 +244,9 @@ def test_command_line(saved, tmp_path):
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
     assert "Traceback" not in again.stderr
+    same = [sys.executable, "tools/verify.py", str(source), str(tmp_path / "model")]
+    subprocess.run([*command[:3], "--out", str(tmp_path / "model")], check=True, capture_output=True)
+    assert "24 of 24 tensors are equal" in subprocess.run(same, capture_output=True, text=True, check=True).stdout
     loaded = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, '.'); import tools.zero_to_peft; "
     loaded += "assert not {'deepspeed', 'peft', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", loaded], check=True)

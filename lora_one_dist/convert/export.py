@@ -62,7 +62,7 @@ def plan(
         dtype: to write in; None keeps it.
         masters: take the optimizer's fp32 weights instead of the copies that the model computed with.
     """
-    folder, notes = _adapter_folder(source, step)
+    folder, notes = adapter_folder(source, step)
     opened = peft_format.open_folder(folder)
     config, layers = dict(opened.config), dict(opened.layers)
     ranks = {layer.r for layer in layers.values()}
@@ -162,7 +162,7 @@ def norm_of_product(B: torch.Tensor, A: torch.Tensor) -> float:
     return float(torch.linalg.norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T))
 
 
-def _adapter_folder(source: Path, step: int | None) -> tuple[Path, list[str]]:
+def adapter_folder(source: Path, step: int | None) -> tuple[Path, list[str]]:
     """The PEFT folder inside whatever was given, and what to say of it."""
     checkpoints = source / "checkpoints"
     if checkpoints.is_dir():

@@ -110,6 +110,11 @@ def run(planned: Plan, out: Path) -> None:
         progress.end()
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Does a folder look like a checkpoint of DeepSpeed?"""
+    return folder.is_dir() and ((folder / "latest").is_file() or bool(_rank_files(folder, OPTIMIZER_FILE)))
+
+
 def open_checkpoint(folder: Path, tag: str | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
     """The trained weights of a checkpoint.  Reads no values.
 
