@@ -1,0 +1,45 @@
+"""Convert a Megatron-core distributed checkpoint (torch_dist) of a Llama, Mistral or Qwen to a Hugging Face model.
+
+    python tools/megatron_to_hf.py llama_megatron --out llama
+    python tools/megatron_to_hf.py checkpoints/iter_0001000 --hf original_llama --out llama
+
+Saved at any tensor- and pipeline-parallel size; optimizer states are left out, types are kept. config.json and the
+tokenizer come from --hf, or from the checkpoint's own hf folder, where tools/hf_to_megatron.py puts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
+
+from lora_one_dist.convert import command, files, megatron_model
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or of one of its iterations")
+    command.add_out(parser)
+    parser.add_argument("--hf", type=Path, help="folder with the model's config.json and tokenizer (CHECKPOINT/hf)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    files.refuse_existing(arguments.out)
+    planned = megatron_model.plan_to_hf(arguments.checkpoint, arguments.hf)
+    for note in planned.notes:
+        print(note)
+    print(f"{len(planned.tensors)} tensors, {files.readable(planned.num_bytes)} -> {arguments.out}")
+    if arguments.dry_run:
+        files.refuse_full_disk(arguments.out, planned.num_bytes)
+        return 0
+    megatron_model.run_to_hf(planned, arguments.out)
+    print(f"written: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
