@@ -315,6 +315,8 @@ def test_command_lines(hf, tmp_path):
     subprocess.run([*here, "--dry_run"], check=True, capture_output=True)
     subprocess.run(here, check=True, capture_output=True)
     assert same(hf("llama3"), tmp_path / "hf")
+    verify = [sys.executable, "tools/verify.py", str(tmp_path / "m"), str(hf("llama3"))]
+    assert "39 of 39 tensors are equal" in subprocess.run(verify, capture_output=True, text=True, check=True).stdout
     again = subprocess.run(here, capture_output=True, text=True)
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")

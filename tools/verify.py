@@ -5,10 +5,11 @@
     python tools/verify.py merged also_merged --tolerance 1e-6
     python tools/verify.py adapter adapter_r16 --base llama --prompt "2 + 2 =" --tolerance 0.05
 
-Each of the two is a Hugging Face model's folder, a PEFT folder, a run folder or checkpoint of ours, or a DeepSpeed ZeRO
-checkpoint of a PEFT model. With prompts the logits decide: two adapters of different ranks have different tensors and
-may compute the same. Prints the largest difference and where it is. Exit code 0: the same within the tolerance;
-2: different; 1: cannot be compared. Where a folder has SHA256SUMS or a manifest, its hashes are checked too.
+Each of the two is a Hugging Face model's folder, a PEFT folder, a run folder or checkpoint of ours, a DeepSpeed ZeRO
+checkpoint of a PEFT model, or a Megatron-core checkpoint. With prompts the logits decide: two adapters of different
+ranks have different tensors and may compute the same. Prints the largest difference and where it is. Exit code 0: the
+same within the tolerance; 2: different; 1: cannot be compared. Where a folder has SHA256SUMS or a manifest, its hashes
+are checked too.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(export.DTYPES), default="fp32", help="to compute logits in (fp32)")
     parser.add_argument("--adapter_config", type=Path, help="of a ZeRO checkpoint that has none")
     parser.add_argument("--lora_alpha", type=float, help="of a ZeRO checkpoint without adapter_config.json")
+    parser.add_argument("--hf", type=Path, help="config.json's folder of a Megatron checkpoint that has no hf/")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     opened = [
-        compare.open_any(path, arguments.adapter_config, arguments.lora_alpha)
+        compare.open_any(path, arguments.adapter_config, arguments.lora_alpha, arguments.hf)
         for path in (arguments.first, arguments.second)
     ]
     for checkpoint in opened:

@@ -1,7 +1,8 @@
 """Are two checkpoints the same?  Tensor by tensor, and by what the models compute.
 
 In: any two of a Hugging Face model's folder, a PEFT folder, a run or checkpoint of ours, a ZeRO checkpoint of a PEFT
-model.  Out: the largest difference and where it is.  Peak memory: a tensor of each; for logits, one model.
+model, a Megatron-core checkpoint.  Out: the largest difference and where it is.  Peak memory: a tensor of each; for
+logits, one model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.convert import export, files, peft_format, zero
+from lora_one_dist.convert import export, files, megatron_model, peft_format, zero
 from lora_one_dist.convert.files import ConversionError, LazyTensor
 
 PART = 2**24  # elements compared at a time, in fp64
@@ -64,11 +65,14 @@ class Comparison:
         return not self.structure and all(d.largest <= tolerance for d in self.differences)
 
 
-def open_any(path: Path, adapter_config: Path | None = None, lora_alpha: float | None = None) -> Opened:
+def open_any(
+    path: Path, adapter_config: Path | None = None, lora_alpha: float | None = None, hf: Path | None = None
+) -> Opened:
     """Recognise a checkpoint's format, check its hashes if it has any, and list its tensors.
 
     Args:
         adapter_config, lora_alpha: of a ZeRO checkpoint that has no adapter_config.json; see :func:`zero.plan`.
+        hf: folder with the config.json of a Megatron checkpoint that has none.
 
     Raises:
         ConversionError: if it is of no known format, or broken.
@@ -78,12 +82,15 @@ def open_any(path: Path, adapter_config: Path | None = None, lora_alpha: float |
         raise ConversionError(f"{path}: {wrong[0]} is not what {files.CHECKSUMS} says. Copy it again.")
     notes = [] if wrong is None else [f"{path}: every file has the hash of {files.CHECKSUMS}"]
     if zero.is_checkpoint(path):
-        planned = zero.plan(path, adapter_config=adapter_config, lora_alpha=lora_alpha)
-        return _adapter(path, "ZeRO checkpoint", planned.config, planned.tensors, planned.notes)
+        adapter = zero.plan(path, adapter_config=adapter_config, lora_alpha=lora_alpha)
+        return _adapter(path, "ZeRO checkpoint", adapter.config, adapter.tensors, adapter.notes)
     if (path / "config.json").is_file() and not (path / peft_format.CONFIG).is_file():
         shards = files.model_shards(path)
         tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
         return Opened(path, "Hugging Face model", tensors, notes=notes)
+    if megatron_model.is_checkpoint(path):
+        planned = megatron_model.plan_to_hf(path, hf)
+        return Opened(path, "Megatron model", planned.tensors, notes=notes + planned.notes)
     folder, more = export.adapter_folder(path, step=None)
     config, tensors = peft_format.read(folder)
     return _adapter(folder, "adapter", config, tensors, notes + more)
@@ -161,6 +168,10 @@ def logits(opened: Opened, base: Path | None, prompts: Sequence[str], dtype: tor
     Raises:
         ConversionError: for an adapter without a base.
     """
+    if opened.kind == "Megatron model":
+        raise ConversionError(
+            f"{opened.where}: is Megatron's. Convert it with tools/megatron_to_hf.py to compare logits."
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where it is needed
 
     if opened.is_adapter and base is None:

@@ -85,6 +85,11 @@ def run_to_megatron(planned: Plan, out: Path) -> None:
         (partial / megatron_files.TRACKER).write_text(RELEASE, encoding="utf-8")
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Does a folder look like a checkpoint of Megatron's?"""
+    return (folder / megatron_files.TRACKER).is_file() or (folder / megatron_files.METADATA).is_file()
+
+
 def plan_to_hf(checkpoint: Path, hf: Path | None = None) -> Plan:
     """Check a Megatron checkpoint against a config.json and name its tensors as Hugging Face does.  Reads no values.
 
