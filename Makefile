@@ -32,11 +32,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Everything is pinned: an unpinned torch would be another build, with another gigabyte of CUDA.
+# Everything is pinned: an unpinned torch would be another build, with another gigabyte of CUDA.  Megatron-Bridge comes
+# without what it depends on, which only GPUs have: tests use its LoRA classes alone.
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version} is too old: 3.11 is needed"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps megatron-bridge
 	touch $@
 
 clean:

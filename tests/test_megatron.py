@@ -13,68 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from lora_one_dist.convert import compare, files, megatron, megatron_files, megatron_model
 from lora_one_dist.convert.files import ConversionError
-from tests import ranks
+from tests.megatron import FAMILIES, VOCABULARY, run, save
 
-VOCABULARY = 300  # padded to 384, 512, 512 at TP 1, 2, 4
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-FAMILIES = {  # the traits that a family has, each somewhere
-    "llama2": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_key_value_heads": 8})),
-    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=False)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=16, sliding_window=5)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
-}
 DTYPES = {"llama2": torch.float16, "llama3": torch.bfloat16, "mistral": torch.bfloat16}
 PARALLEL = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """Folder of a small model of a family, its norms and biases not the ones and zeros they start as."""
+    """Folder of a small model of a family."""
     root = tmp_path_factory.mktemp("hf")
 
     def folder(family: str, dtype: torch.dtype = torch.float32) -> Path:
         path = root / f"{family}-{str(dtype).rpartition('.')[2]}"
-        if not path.exists():
-            torch.manual_seed(5)
-            model = FAMILIES[family]()
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
-            model.to(dtype).save_pretrained(path, max_shard_size="100KB")
-            (path / "tokenizer.json").write_text("{}")
-        return path
+        return path if path.exists() else save(family, path, dtype)
 
     return folder
 
@@ -128,25 +84,6 @@ def test_layout_of_the_fused_tensors(hf, tmp_path):
     assert not embedding[VOCABULARY:].any()
 
 
-def run_megatron(checkpoint: Path, out: Path, tp: int, pp: int) -> torch.Tensor:
-    """Megatron-core's GPTModel on ranks of its own; returns the tokens that it saw."""
-    out.mkdir()
-    ids = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-    torch.save(ids, out / "ids.pt")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(tp * pp), "--master_addr", "127.0.0.1"]
-    script = ["tests/peers/megatron_gpt.py", str(checkpoint), str(out / "ids.pt"), str(out), str(tp), str(pp)]
-    with (out / "log").open("w") as log:  # no pipe: processes of Megatron's that outlive a failure would keep it open
-        done = subprocess.run(
-            [sys.executable, *launcher, "--master_port", str(ranks.free_port()), *script],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            timeout=240,
-        )
-    assert done.returncode == 0, (out / "log").read_text()[-3000:]
-    return ids
-
-
 def once(family: str, tp: int, pp: int):
     """The default suite runs one of these: each takes 10 s of imports."""
     return pytest.param(family, tp, pp, marks=[] if (family, tp, pp) == ("qwen3", 2, 1) else pytest.mark.full)
@@ -160,7 +97,7 @@ def test_megatron_computes_the_same(family, tp, pp, hf, tmp_path):
     """Megatron-core loads what we wrote, strictly; its logits are transformers', and what it saves we read."""
     source = hf(family)
     checkpoint = converted(source, tmp_path / "megatron", tp, pp)
-    ids = run_megatron(checkpoint / "release", tmp_path / "out", tp, pp)
+    ids = run("megatron_gpt", [checkpoint / "release"], tmp_path / "out", tp, pp)
     if pp == 1:
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits

@@ -40,15 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     planned = megatron_model.plan_to_megatron(
         arguments.model, arguments.tp, arguments.pp, arguments.make_vocab_size_divisible_by
     )
-    for note in planned.notes:
-        print(note)
-    print(f"{len(planned.tensors)} tensors, {files.readable(planned.num_bytes)} -> {arguments.out}")
-    if arguments.dry_run:
-        files.refuse_full_disk(arguments.out, planned.num_bytes)
-        return 0
-    megatron_model.run_to_megatron(planned, arguments.out)
-    print(f"written: {arguments.out}")
-    return 0
+    return command.carry_out(planned, megatron_model.run_to_megatron, arguments.out, arguments.dry_run)
 
 
 if __name__ == "__main__":

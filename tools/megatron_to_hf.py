@@ -30,15 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     files.refuse_existing(arguments.out)
     planned = megatron_model.plan_to_hf(arguments.checkpoint, arguments.hf)
-    for note in planned.notes:
-        print(note)
-    print(f"{len(planned.tensors)} tensors, {files.readable(planned.num_bytes)} -> {arguments.out}")
-    if arguments.dry_run:
-        files.refuse_full_disk(arguments.out, planned.num_bytes)
-        return 0
-    megatron_model.run_to_hf(planned, arguments.out)
-    print(f"written: {arguments.out}")
-    return 0
+    return command.carry_out(planned, megatron_model.run_to_hf, arguments.out, arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.adapter_config,
         arguments.lora_alpha,
     )
-    for note in planned.notes:
-        print(note)
-    print(f"{len(planned.tensors)} tensors, {files.readable(planned.num_bytes)} -> {arguments.out}")
-    if arguments.dry_run:
-        files.refuse_full_disk(arguments.out, planned.num_bytes)
-        return 0
-    zero.run(planned, arguments.out)
-    print(f"written: {arguments.out}")
-    return 0
+    return command.carry_out(planned, zero.run, arguments.out, arguments.dry_run)
 
 
 if __name__ == "__main__":

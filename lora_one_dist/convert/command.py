@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+from lora_one_dist.convert import files
 from lora_one_dist.convert.files import ConversionError
 from lora_one_dist.weights import WeightsError
+
+P = TypeVar("P", bound="Plan")
 
 
 def parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -28,6 +32,30 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be 1 or more")
     return value
+
+
+class Plan(Protocol):
+    """What a conversion will write."""
+
+    @property
+    def tensors(self) -> Mapping[str, files.LazyTensor]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+def carry_out(planned: P, write: Callable[[P, Path], None], out: Path, dry_run: bool) -> int:
+    """Print a plan and, unless it is a dry run, have it written.  Returns the exit code."""
+    for note in planned.notes:
+        print(note)
+    print(f"{len(planned.tensors)} tensors, {files.readable(planned.num_bytes)} -> {out}")
+    if dry_run:
+        files.refuse_full_disk(out, planned.num_bytes)
+        return 0
+    write(planned, out)
+    print(f"written: {out}")
+    return 0
 
 
 def run(main: Callable[[], int]) -> int:

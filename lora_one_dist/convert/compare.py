@@ -1,8 +1,8 @@
 """Are two checkpoints the same?  Tensor by tensor, and by what the models compute.
 
 In: any two of a Hugging Face model's folder, a PEFT folder, a run or checkpoint of ours, a ZeRO checkpoint of a PEFT
-model, a Megatron-core checkpoint.  Out: the largest difference and where it is.  Peak memory: a tensor of each; for
-logits, one model.
+model, a Megatron-core checkpoint of a model or of Megatron-Bridge's adapters.  Out: the largest difference and where
+it is.  Peak memory: a tensor of each; for logits, one model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.convert import export, files, megatron_model, peft_format, zero
+from lora_one_dist.convert import export, files, megatron_lora, megatron_model, peft_format, zero
 from lora_one_dist.convert.files import ConversionError, LazyTensor
 
 PART = 2**24  # elements compared at a time, in fp64
@@ -88,6 +88,9 @@ def open_any(
         shards = files.model_shards(path)
         tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
         return Opened(path, "Hugging Face model", tensors, notes=notes)
+    if megatron_lora.is_checkpoint(path):
+        laid_out = megatron_lora.plan_to_peft(path, hf)
+        return _adapter(path, "Megatron adapter", laid_out.adapter_config, laid_out.tensors, notes + laid_out.notes)
     if megatron_model.is_checkpoint(path):
         planned = megatron_model.plan_to_hf(path, hf)
         return Opened(path, "Megatron model", planned.tensors, notes=notes + planned.notes)

@@ -97,10 +97,7 @@ def plan_to_hf(checkpoint: Path, hf: Path | None = None) -> Plan:
         ConversionError: if files are missing, or the two do not belong together.
     """
     opened = megatron_files.open_checkpoint(checkpoint)
-    beside = [checkpoint / HF, opened.folder.parent / HF]
-    found = hf or next((folder for folder in beside if folder.is_dir()), None)
-    if found is None:
-        raise ConversionError(f"{checkpoint}: has no folder {HF} with a config.json. Give --hf, the original model's.")
+    found = hf_folder(checkpoint, opened, hf)
     config = files.read_json(found / "config.json")
     shape = megatron.geometry(config, str(found))
     tensors = megatron.to_hf(opened.tensors, shape, str(opened.folder))
@@ -108,6 +105,15 @@ def plan_to_hf(checkpoint: Path, hf: Path | None = None) -> Plan:
     rows = opened.tensors[megatron.EMBEDDING].shape[0]
     notes = [f"{config['model_type']}, {shape.layers} layers; {rows - shape.vocabulary} padding rows are cut off"]
     return Plan(found, tensors, opened.arguments, notes)
+
+
+def hf_folder(checkpoint: Path, opened: megatron_files.Checkpoint, given: Path | None) -> Path:
+    """The folder with config.json that was given, or the one in the checkpoint."""
+    beside = [checkpoint / HF, opened.folder.parent / HF]
+    found = given or next((folder for folder in beside if folder.is_dir()), None)
+    if found is None:
+        raise ConversionError(f"{checkpoint}: has no folder {HF} with a config.json. Give --hf, the original model's.")
+    return found
 
 
 def run_to_hf(planned: Plan, out: Path) -> None:

@@ -215,6 +215,11 @@ def write(
 ) -> None:
     """Write a PEFT folder's two files into an existing folder, after the check of :func:`check`."""
     check(config, tensors, str(folder))
+    write_config(folder, config)
+    write_safetensors(folder / WEIGHTS, tensors, done)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write ``adapter_config.json`` as PEFT does."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    write_safetensors(folder / WEIGHTS, tensors, done)

@@ -95,6 +95,13 @@ def model(args: Any, tp: int, pp: int) -> GPTModel:
     )
 
 
+@torch.no_grad()
+def logits(gpt: Any, ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).tril() < 0.5  # True: not attended to
+    return gpt(ids, positions, mask)
+
+
 def main(checkpoint: str, ids_file: str, out: str, tp: int, pp: int) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tp, pp)
@@ -106,12 +113,9 @@ def main(checkpoint: str, ids_file: str, out: str, tp: int, pp: int) -> None:
     gpt.load_state_dict(loaded, strict=True)
     ids = torch.load(ids_file)
     if pp == 1:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).tril() < 0.5  # True: not attended to
-        with torch.no_grad():
-            logits = gpt(ids, positions, mask)
+        computed = logits(gpt, ids)
         if dist.get_rank() == 0:
-            torch.save(logits, Path(out) / "logits.pt")
+            torch.save(computed, Path(out) / "logits.pt")
     saved = Path(out) / "saved"
     saved.mkdir(exist_ok=True)
     dist.barrier()
