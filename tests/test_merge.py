@@ -131,17 +131,20 @@ def test_bf16_is_the_rounded_exact_sum(variant, bases, tmp_path):
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
     )
     exact, theirs = merged_state(exact), merged_state(live)
-    apart = largest = 0
+    distances = []
     found = {n: t.read() for shard in files.model_shards(tmp_path / "merged").values() for n, t in shard.items()}
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, exact[name].bfloat16()), name
         our_error, their_error = (tensor.float() - exact[name]).norm(), (theirs[name].float() - exact[name]).norm()
         assert our_error <= their_error, name
-        distance = units_in_the_last_place(tensor, theirs[name]).flatten()
-        apart += int((distance > 0).sum())
-        largest = max(largest, int(distance.max()))
-    print(f"{variant}: {apart} numbers differ from PEFT's, by at most {largest} units in the last place")
+        distances.append(units_in_the_last_place(tensor, theirs[name]).flatten())
+    apart = torch.cat(distances).float()
+    share, most = (apart > 0).float().mean(), apart.sort().values[int(0.99 * len(apart))]
+    print(
+        f"{variant}: {share:.1%} of {len(apart)} numbers differ from PEFT's; 99 % by at most {most:.0f} units in the "
+        f"last place, where base and delta cancel by up to {apart.max():.0f}"
+    )
 
 
 @pytest.mark.parametrize(

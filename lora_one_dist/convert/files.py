@@ -40,6 +40,11 @@ class ConversionError(ValueError):
     """Something that cannot be converted: value, rule, remedy."""
 
 
+def listed(problems: Sequence[str], most: int = 3) -> str:
+    """Problems in one line: the first ones, and how many there are."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor whose type and shape are known and whose values ``read`` gets, anew at each call."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lora_one_dist.convert import files
 from lora_one_dist.convert.files import ConversionError, LazyTensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -277,5 +278,6 @@ def _refuse_other_shapes(tensors: Mapping[str, LazyTensor], wanted: Mapping[str,
         if name in tensors and tensors[name].shape != size:
             problems.append(f"{name} is {tensors[name].shape}, must be {size}")
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise ConversionError(f"{where}: does not fit its config.json: {shown}. Give the config of this model.")
+        raise ConversionError(
+            f"{where}: does not fit its config.json: {files.listed(problems)}. Give the config of this model."
+        )

@@ -308,10 +308,9 @@ def _refuse_misfits(opened: peft_format.Adapter, shape: Geometry) -> None:
             found, wanted = (layer.B.shape[0], layer.A.shape[1]), _size(shape, known[name])
             problems.append(f"{name} is on a layer of {found}, the model has {wanted}")
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise ConversionError(
-            f"{opened.where}: {shown}. Bridge's LoRA has no place for it: give --base, the model it was trained on, or "
-            "merge it (tools/merge_adapter.py) and convert the model."
+            f"{opened.where}: {files.listed(problems)}. Bridge's LoRA has no place for it: give --base, the model it "
+            "was trained on, or merge it (tools/merge_adapter.py) and convert the model."
         )
 
 

@@ -189,9 +189,8 @@ def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:
     if not problems:
         problems = [f"the adapter targets {name} and holds nothing for it" for name in _left_out(held, adapter)]
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise ConversionError(
-            f"{base}: is not the base of {adapter.where}: {shown}. Give the base it was trained on "
+            f"{base}: is not the base of {adapter.where}: {files.listed(problems)}. Give the base it was trained on "
             f"({adapter.config.get('base_model_name_or_path')})."
         )
 

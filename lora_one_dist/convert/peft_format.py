@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_one_dist.convert.files import ConversionError, LazyTensor, read_json, read_safetensors, write_safetensors
+from lora_one_dist.convert.files import (
+    ConversionError,
+    LazyTensor,
+    listed,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+)
 
 PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -119,8 +126,7 @@ def check(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: s
     if not problems and not layers and not replaced:
         problems.append("it holds no LoRA tensors")
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConversionError(f"{where}: {shown}. Give a whole LoRA adapter whose {CONFIG} is its own.")
+        raise ConversionError(f"{where}: {listed(problems, 5)}. Give a whole LoRA adapter whose {CONFIG} is its own.")
     return Adapter(where, config, layers, replaced)
 
 
