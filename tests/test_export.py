@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from lora_one_dist import adapters, checkpoint, folders, model
 from lora_one_dist.config import Config
 from lora_one_dist.convert import export, files
 from lora_one_dist.convert.files import ConversionError
+from tests import tool
 
 
 def bytes_of(path: Path) -> bytes:
@@ -176,20 +175,12 @@ def test_damaged_checkpoint_is_refused(run_folder, tmp_path):
 
 def test_command_line(run_folder, tmp_path):
     root, *_ = run_folder
-    command = [sys.executable, "tools/export_adapter.py", str(root), "--rank", "4", "--dtype", "bf16"]
-    command += ["--out", str(tmp_path / "out")]
-    dry = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=True)
-    assert "rank 8 truncated to 4" in dry.stdout
+    command = ["export_adapter", root, "--rank", 4, "--dtype", "bf16", "--out", tmp_path / "out"]
+    assert "rank 8 truncated to 4" in tool.run(*command, "--dry_run").stdout
     assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "relative      error" in done.stdout
-    assert (
-        load_file(tmp_path / "out" / "adapter_model.safetensors")[
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-        ].dtype
-        == torch.bfloat16
-    )
-    again = subprocess.run(command, capture_output=True, text=True)
+    assert "relative      error" in tool.run(*command).stdout
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].dtype == torch.bfloat16
+    again = tool.run(*command, check=False)
     assert (again.returncode, again.stderr.startswith("error: ")) == (1, True)
-    usage = subprocess.run([*command[:2], "--help"], capture_output=True, text=True, check=True).stdout
-    assert "max-lora-rank" in usage
+    assert "max-lora-rank" in tool.run("export_adapter", "--help").stdout

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.convert import compare, files, megatron, megatron_files, megatron_model
 from lora_one_dist.convert.files import ConversionError
+from tests import tool
 from tests.megatron import FAMILIES, VOCABULARY, run, save
 
 DTYPES = {"llama2": torch.float16, "llama3": torch.bfloat16, "mistral": torch.bfloat16}
@@ -245,17 +244,15 @@ def test_several_files(hf, tmp_path, monkeypatch):
 
 
 def test_command_lines(hf, tmp_path):
-    there = [sys.executable, "tools/hf_to_megatron.py", str(hf("llama3")), "--out", str(tmp_path / "m"), "--tp", "2"]
-    dry = subprocess.run([*there, "--dry_run"], capture_output=True, text=True, check=True)
-    assert "llama, 4 layers; vocabulary 300 padded to 512" in dry.stdout
+    there = ["hf_to_megatron", hf("llama3"), "--out", tmp_path / "m", "--tp", 2]
+    assert "llama, 4 layers; vocabulary 300 padded to 512" in tool.run(*there, "--dry_run").stdout
     assert not (tmp_path / "m").exists()
-    subprocess.run(there, check=True, capture_output=True)
-    here = [sys.executable, "tools/megatron_to_hf.py", str(tmp_path / "m"), "--out", str(tmp_path / "hf")]
-    subprocess.run([*here, "--dry_run"], check=True, capture_output=True)
-    subprocess.run(here, check=True, capture_output=True)
+    tool.run(*there)
+    here = ["megatron_to_hf", tmp_path / "m", "--out", tmp_path / "hf"]
+    tool.run(*here, "--dry_run")
+    tool.run(*here)
     assert same(hf("llama3"), tmp_path / "hf")
-    verify = [sys.executable, "tools/verify.py", str(tmp_path / "m"), str(hf("llama3"))]
-    assert "39 of 39 tensors are equal" in subprocess.run(verify, capture_output=True, text=True, check=True).stdout
-    again = subprocess.run(here, capture_output=True, text=True)
+    assert "39 of 39 tensors are equal" in tool.run("verify", tmp_path / "m", hf("llama3")).stdout
+    again = tool.run(*here, check=False)
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.convert import compare, files, megatron, megatron_files, megatron_lora, megatron_model, peft_format
 from lora_one_dist.convert.files import ConversionError
+from tests import tool
 from tests.megatron import VOCABULARY, run, save
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -274,20 +273,17 @@ def test_full_disk_and_failing_write(folders, tmp_path, monkeypatch):
 
 def test_command_lines(folders, tmp_path):
     base, adapter = folders("qv")
-    tool = [sys.executable, "tools/peft_to_megatron.py", str(adapter), "--base", str(base), "--out"]
-    dry = subprocess.run(
-        [*tool, str(tmp_path / "m"), "--form", "fused", "--dry_run"], capture_output=True, text=True, check=True
-    )
+    there = ["peft_to_megatron", adapter, "--base", base, "--out", tmp_path / "m"]
+    dry = tool.run(*there, "--form", "fused", "--dry_run")
     assert "LoRA(dim=16, alpha=32, target_modules=['linear_qkv'])" in dry.stdout
     assert "4 adapters share no A: laid out in blocks at dim 16" in dry.stdout
     assert not (tmp_path / "m").exists()
-    done = subprocess.run([*tool, str(tmp_path / "m"), "--tp", "2"], check=True, capture_output=True, text=True)
+    done = tool.run(*there, "--tp", 2)
     assert "CanonicalLoRA(dim=8, alpha=16, target_modules=['linear_q', 'linear_k', 'linear_v'])" in done.stdout
     assert "4 layers without an adapter get one of zeros" in done.stdout
-    here = [sys.executable, "tools/megatron_to_peft.py", str(tmp_path / "m"), "--out", str(tmp_path / "peft")]
-    subprocess.run(here, check=True, capture_output=True)
-    verify = [sys.executable, "tools/verify.py", str(tmp_path / "m"), str(adapter)]
-    assert "16 of 16 tensors are equal" in subprocess.run(verify, capture_output=True, text=True, check=True).stdout
-    again = subprocess.run(here, capture_output=True, text=True)
+    here = ["megatron_to_peft", tmp_path / "m", "--out", tmp_path / "peft"]
+    tool.run(*here)
+    assert "16 of 16 tensors are equal" in tool.run("verify", tmp_path / "m", adapter).stdout
+    again = tool.run(*here, check=False)
     assert again.returncode == 1
     assert "is there already" in again.stderr

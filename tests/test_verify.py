@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.convert import compare, export, files, merge
 from lora_one_dist.convert.files import ConversionError
+from tests import tool
 from tools import verify
 
 PROMPTS = ["w5 w9 w17", "w40 w8"]
@@ -154,11 +155,11 @@ def test_wrong_inputs(pair, tmp_path):
 
 def test_command_line(pair):
     _, first, second = pair
-    command = [sys.executable, "tools/verify.py", str(first), str(second)]
+    command = [sys.executable, "tools/verify.py", str(first), str(second)]  # once in a process of its own
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     change(second, "layers.0.self_attn.q_proj.lora_A.weight", (0, 0), 1.0)
-    assert subprocess.run(command, capture_output=True, text=True).returncode == verify.DIFFERENT
+    assert tool.run("verify", first, second, check=False).returncode == verify.DIFFERENT
     shutil.rmtree(second)
-    failed = subprocess.run(command, capture_output=True, text=True)
+    failed = tool.run("verify", first, second, check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")

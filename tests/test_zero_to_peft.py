@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.convert import files, zero
 from lora_one_dist.convert.files import ConversionError
-from tests import ranks
+from tests import ranks, tool
 
 STAGES = [1, 2, 3]
 LAYOUTS = ["checkpoint-2", "plain", "accelerate"]
@@ -234,19 +234,16 @@ def test_wrong_folders(saved, tmp_path):
 
 def test_command_line(saved, tmp_path):
     source = saved(2) / "stage-2" / "checkpoint-2"
-    command = [sys.executable, "tools/zero_to_peft.py", str(source), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
-    dry = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=True)
-    assert "ZeRO-2 of 2 ranks, step 2, adapter default" in dry.stdout
+    command = ["zero_to_peft", source, "--out", tmp_path / "out", "--dtype", "fp32"]
+    assert "ZeRO-2 of 2 ranks, step 2, adapter default" in tool.run(*command, "--dry_run").stdout
     assert not (tmp_path / "out").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    tool.run(*command)
     assert load_file(tmp_path / "out" / "adapter_model.safetensors").popitem()[1].dtype == torch.float32
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = tool.run(*command, check=False)
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
-    assert "Traceback" not in again.stderr
-    same = [sys.executable, "tools/verify.py", str(source), str(tmp_path / "model")]
-    subprocess.run([*command[:3], "--out", str(tmp_path / "model")], check=True, capture_output=True)
-    assert "24 of 24 tensors are equal" in subprocess.run(same, capture_output=True, text=True, check=True).stdout
+    tool.run("zero_to_peft", source, "--out", tmp_path / "model")
+    assert "24 of 24 tensors are equal" in tool.run("verify", source, tmp_path / "model").stdout
     loaded = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, '.'); import tools.zero_to_peft; "
     loaded += "assert not {'deepspeed', 'peft', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", loaded], check=True)

@@ -122,17 +122,11 @@ def plan_to_megatron(adapter: Path, base: Path, tp: int, pp: int, form: str = CA
         permute = tp if form == CANONICAL and module == "mlp.linear_fc1" else 1
         A, B = block.tensors(rank, dtype, permute)
         tensors |= {f"{name}.linear_in.weight": A, f"{name}.linear_out.weight": B}
-    alpha = _number(scale * rank)
+    alpha, dropout = _number(scale * rank), opened.config.get("lora_dropout", 0.0)
     targets = [
-        target for m in used for target in ([t for _, t, _ in MODULES[m]] if form == CANONICAL else [m.split(".")[1]])
+        part for m in used for part in ([t for _, t, _ in MODULES[m]] if form == CANONICAL else [m.split(".")[1]])
     ]
-    peft = {
-        "_target_": CLASSES[form],
-        "target_modules": targets,
-        "dim": rank,
-        "alpha": alpha,
-        "dropout": opened.config.get("lora_dropout", 0.0),
-    }
+    peft = {"_target_": CLASSES[form], "target_modules": targets, "dim": rank, "alpha": alpha, "dropout": dropout}
     run_config = {
         "model": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
