@@ -1,6 +1,7 @@
 # make demo       install, then fine-tune the small embedded model on all local GPUs, or on 2 CPU ranks
 # make test       the suite, without what takes long
 # make test-full  all of it; with SLURM, pdsh, sshd and Open MPI installed and as root, on four hosts too
+# make bench      short benchmarks against PEFT, the authors' recipe and HF Trainer; longer ones: tools/bench/README.md
 # make lint       style, import rules and types
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ else
 LAUNCH := $(BIN)/deepspeed
 endif
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full bench lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -26,6 +27,11 @@ test: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	$(BIN)/pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python tools/bench/svd.py --short
+	$(BIN)/python tools/bench/init.py --short
+	$(BIN)/python tools/bench/step.py --short
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -364,9 +364,22 @@ def all_gather_floats(value: float) -> list[float]:
     return all_sum(gathered).tolist()
 
 
-def reduce_to(tensor: torch.Tensor, owner: int) -> dist.Work:
+def reduce_to(tensor: torch.Tensor, owner: int) -> Waitable:
     """Start to sum a tensor over ranks into ``owner``; elsewhere its content is undefined after ``wait()``."""
-    return dist.reduce(tensor, dst=owner, async_op=True)
+    return dist.reduce(tensor, dst=owner, async_op=True) if world_size() > 1 else _Done()
+
+
+class Waitable(Protocol):
+    """Something under way."""
+
+    def wait(self) -> Any: ...
+
+
+class _Done:
+    """Of one rank alone, for which gloo would copy the tensor."""
+
+    def wait(self) -> None:
+        pass
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> None:

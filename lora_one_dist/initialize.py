@@ -211,7 +211,7 @@ def _decompose(
         "singular_values": svd.S[: max(needed, max(COVERAGE_RANKS))].tolist(),
         "certified_error": svd.error,
         "relative_gap": svd.gap,
-        "power_iterations": svd.iterations,
+        "svd_blocks": svd.blocks,
         "coverage": spectral.coverage(svd.S, squared_norm, tuple(sorted({*COVERAGE_RANKS, r}))),
         "half_overlap": overlap,
     }

@@ -1,8 +1,8 @@
 """Truncated SVD and every spectral initialisation: pure functions of one matrix.
 
 In: a gradient G or a weight W (m, n), fp32, on one rank.  Out: ``A0 (r, n)``, ``B0 (m, r)``, fp32, for the forward
-``W x + s B0 A0 x``.  Nothing here knows of ranks or files.  Peak bytes: the matrix, plus ``4 q (m + n)`` x 3 for a
-randomised SVD of q columns, plus ``4 (m + n) min(m, n)`` for a full one.
+``W x + s B0 A0 x``.  Nothing here knows of ranks or files.  Peak bytes: the matrix, plus ``4 q (2 m + 3 n)``
+for a Krylov space of q columns (5r to 10r), or ``4 (m + n) min(m, n)`` for a full SVD.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_SKETCH = 256  # columns q = max(4 r, 256): top-64 angle 2.3e-4 at 4096 x 4096, spectrum i^-0.7, FIRST_ITERATIONS
-FIRST_ITERATIONS = 4  # power iterations; none at all misses the space (sine 0.5 to 1)
-MAX_ITERATIONS = 32
+MIN_BLOCK = 16  # columns of a block of the Krylov space; 3/4 r where that is more
+FULL_BLOCKS = 8  # a matrix hardly larger than so many blocks is decomposed in full
+MAX_BLOCKS = 32
 # Singular triplets in fp32 leave a residual of about this times S_1 however long one iterates (measured: 6 to 9 eps).
 RESIDUAL_FLOOR = 10 * torch.finfo(torch.float32).eps
 SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not determined by the matrix
@@ -23,12 +23,13 @@ SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not det
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """``U (m, k), S (k,), Vh (k, n)`` of the k largest singular values, with a certificate for the first r.
+    """``U (m, r), Vh (r, n)`` of the r largest singular values, with a certificate, and those values first in S.
 
-    error: ``max_{i<=r} max(||G v_i - S_i u_i||, ||G' u_i - S_i v_i||) / (S_r - S_{r+1})``, which tracks the sine of the
-    angle to the exact top-r space (Wedin); both sides, since svd_lowrank makes one of them zero by construction, and
-    which one depends on m < n.  Where the gap is below SMALL_GAP of S_r the space is not determined and SMALL_GAP * S_r
-    takes the gap's place.  gap: ``(S_r - S_{r+1}) / S_r``.  iterations: power iterations, 0 for a full SVD.
+    S (k,): as many as the Krylov space shows well, k > r; those beyond r are too small by some per cent.
+    error: ``max_{i<=r} ||G v_i - S_i u_i|| / (S_r - S_{r+1})``, which bounds the sine of the angle to the exact top-r
+    space up to a small factor (Wedin; of the other side there is no residual).  Where the gap is below SMALL_GAP of S_r
+    the space is not determined and SMALL_GAP * S_r takes the gap's place.  gap: ``(S_r - S_{r+1}) / S_r``.  blocks: of
+    the Krylov space, 0 for a full SVD.
     """
 
     U: torch.Tensor
@@ -36,7 +37,7 @@ class TruncatedSVD:
     Vh: torch.Tensor
     error: float
     gap: float
-    iterations: int
+    blocks: int
 
 
 def seed_of(*parts: object) -> int:
@@ -45,44 +46,59 @@ def seed_of(*parts: object) -> int:
 
 
 def truncated_svd(G: torch.Tensor, r: int, seed: int, tolerance: float) -> TruncatedSVD:
-    """Top singular triplets of G (m, n), signs fixed, by randomised subspace iteration until certified.
+    """Top singular triplets of G (m, n), signs fixed, by randomised block Krylov iteration until certified.
 
-    A matrix hardly larger than the sketch is decomposed in full.  Iterations double until the certificate is below
-    ``tolerance`` or below what fp32 can show; what it ends at is in the result, rounding included.  It is a wide bound:
-    at 2048 x 2048, r = 64, spectrum i^-0.7 it says 2e-3 where the angle is 6e-6.  Needs r <= min(m, n).
+    The space grows by a block of G'G at a time, from 4r columns on, until the certificate is below ``tolerance`` or
+    below what fp32 can show.  Where it would not stay small, the SVD is a full one.  Needs r <= min(m, n).
 
-    Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4.
+    Source: Musco and Musco, arXiv 1504.05477, algorithm 2; with the basis kept orthonormal on both sides.
     """
     G = G.float()
-    smallest = min(G.shape)
-    q = min(max(4 * r, MIN_SKETCH), smallest)
-    if smallest <= 2 * q:
-        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        return _certified(G, U, S, Vh, r, iterations=0)
-    best = None
-    iterations = FIRST_ITERATIONS
-    while True:
-        with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
-            torch.manual_seed(seed)  # svd_lowrank takes no generator
-            U, S, V = torch.svd_lowrank(G, q=q, niter=iterations)
-        result = _certified(G, U, S, V.T, r, iterations)
+    smallest, width = min(G.shape), max(MIN_BLOCK, 3 * r // 4)
+    blocks, first_certified = 0, -(-4 * r // width) + 1
+    best: TruncatedSVD | None = None
+    generator = torch.Generator(G.device).manual_seed(seed)
+    newest = torch.linalg.qr(torch.randn(G.shape[1], width, generator=generator, device=G.device)).Q
+    left, right, image = G.new_empty(G.shape[0], 0), newest, G.new_empty(G.shape[1], 0)
+    while smallest > FULL_BLOCKS * width and (blocks + 2) * width <= smallest and blocks < MAX_BLOCKS:
+        blocks += 1
+        newest = _orthonormal(G @ newest, left)
+        left = torch.cat([left, newest], 1)
+        image = torch.cat([image, G.T @ newest], 1)  # G' left, which lies in the span of right
+        newest = _orthonormal(image[:, -width:], right)
+        right = torch.cat([right, newest], 1)
+        if blocks < first_certified:
+            continue
+        V, S, Uh = torch.linalg.svd(right.T @ image, full_matrices=False)
+        shown = S[: max(r + 1, S.numel() // 2)]
+        result = _certified(G, left @ Uh[:r].T, shown, (right @ V[:, :r]).T, r, blocks)
         best = result if best is None or result.error < best.error else best
         floor = RESIDUAL_FLOOR * float(S[0] / S[r - 1]) / max(result.gap, SMALL_GAP)
-        if best.error <= max(tolerance, floor) or 2 * iterations > MAX_ITERATIONS:
+        if best.error <= max(tolerance, floor):
             return best
-        iterations *= 2
+    if best is not None and blocks == MAX_BLOCKS:
+        return best
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    return _certified(G, U[:, :r], S, Vh[:r], r, blocks=0)
+
+
+def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the block's part outside ``basis``; twice, for what rounding leaves of the inside."""
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    return block
 
 
 def _certified(
-    G: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, r: int, iterations: int
+    G: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, r: int, blocks: int
 ) -> TruncatedSVD:
+    """With the certificate of triplets of which ``G' U = V S`` holds by construction."""
     following = S[r] if r < S.numel() else torch.zeros_like(S[0])
-    right = torch.linalg.vector_norm(G @ Vh[:r].T - U[:, :r] * S[:r], dim=0).max()
-    left = torch.linalg.vector_norm(G.T @ U[:, :r] - Vh[:r].T * S[:r], dim=0).max()
+    residual = torch.linalg.vector_norm(G @ Vh.T - U * S[:r], dim=0).max()
     gap = (S[r - 1] - following) / S[r - 1].clamp_min(torch.finfo(S.dtype).tiny)
-    error = torch.maximum(left, right) / (S[r - 1] * gap.clamp_min(SMALL_GAP)).clamp_min(torch.finfo(S.dtype).tiny)
+    error = residual / (S[r - 1] * gap.clamp_min(SMALL_GAP)).clamp_min(torch.finfo(S.dtype).tiny)
     signs = _signs(Vh)
-    return TruncatedSVD(U * signs, S, Vh * signs[:, None], float(error), float(gap), iterations)
+    return TruncatedSVD(U * signs, S, Vh * signs[:, None], float(error), float(gap), blocks)
 
 
 def _signs(Vh: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def ours(folder: Path, model: Path) -> tuple[float, list[float]]:
 def hf_trainer(folder: Path, model: Path) -> tuple[float, list[float]]:
     """MiB of a checkpoint, and the seconds of each."""
     lines = folder / "hf.jsonl"
-    launch(folder / "hf.log", "tests/peers/hf_trainer.py", model, ZERO, STEPS, lines, R, 2)
+    launch(folder / "hf.log", "tools/bench/hf_trainer.py", model, ZERO, STEPS, lines, R, 2)
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     newest = folder / f"hf.jsonl.trainer/checkpoint-{STEPS}"
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.memory import host_bytes
+from tools.bench.tensor_bytes import host_bytes
 
 MEGABYTE = 1e6
 SAMPLE_SECONDS = 0.005

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import models
-from tests.memory import TensorBytes, host_bytes, reset_host_peak
 from tests.ranks import run_ranks
+from tools.bench.tensor_bytes import TensorBytes, host_bytes, reset_host_peak
 
 HIDDEN, INTERMEDIATE, LAYERS, WORDS, TOKENS = 1024, 2816, 26, 4096, 32
 MIB = 2**20

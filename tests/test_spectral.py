@@ -71,7 +71,7 @@ def test_large_gradient_at_rank_64():
     G = matrix(2048, 2048, 0.7, seed=3)
     U, S, Vh = exact(G)
     svd = spectral.truncated_svd(G, 64, seed=2, tolerance=1e-3)
-    assert svd.iterations > 0, "the randomised road"
+    assert svd.blocks > 0, "the randomised road"
     for A0, B0, truth in (
         (*spectral.lora_one(svd, 64, 128.0), -(U[:, :64] * (S[:64] / S[0])) @ Vh[:64] / 128.0),
         (*spectral.lora_one_v1(svd, 64, 64.0), U[:, :64] @ Vh[:64] * math.sqrt(2048) / 64.0),
@@ -108,21 +108,22 @@ def test_certificate_bounds_the_angle(case):
     assert float(sine) <= 2 * svd.error + 1e-6, "2: Davis-Kahan for singular spaces; 1e-6: fp32 rounding of the vectors"
 
 
-def test_certificate_catches_a_wrong_space():
-    """A decomposition without power iterations misses the space, and the certificate must say so."""
-    for m, n in ((1200, 1500), (1500, 1200)):  # the residual of one side is zero in either
-        G = matrix(m, n, 0.5)
-        torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(G, q=20, niter=0)
-        assert spectral._certified(G, U, S, V.T, 16, 0).error > 0.1
+@pytest.mark.parametrize("size", [(1200, 1500), (1500, 1200)])
+def test_certificate_catches_a_wrong_space(size):
+    """The first space of a flat spectrum misses what it looks for on either side, and the certificate must say so."""
+    G = matrix(*size, 0.1)
+    U, _, Vh = exact(G)
+    svd = spectral.truncated_svd(G, 16, seed=0, tolerance=math.inf)
+    for true, found in ((U[:, :16], svd.U.double()), (Vh[:16].T, svd.Vh.double().T)):
+        assert float(torch.linalg.matrix_norm(found - true @ (true.T @ found), 2)) > 0.1
+    assert svd.error > 0.1
 
 
 def test_iterates_until_certified():
     G = matrix(900, 1100, 0.1)
     first = spectral.truncated_svd(G, 8, seed=1, tolerance=math.inf)
     best = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-3)
-    assert first.iterations == spectral.FIRST_ITERATIONS
-    assert best.iterations > first.iterations
+    assert 0 < first.blocks < best.blocks
     assert best.error < first.error / 2
 
 
@@ -150,6 +151,18 @@ def test_kaiming_is_lora():
     assert not B0.any()
     assert A0.abs().max() <= 1 / math.sqrt(400)
     assert A0.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)  # of a uniform; 3200 draws: 1 %
+
+
+def test_values_beyond_r_give_the_coverage():
+    """The table by which users choose r goes on beyond it: values there are lower bounds, energies right to 3 %."""
+    for exponent in (0.2, 0.5, 1.0):
+        G = matrix(1024, 1400, exponent)
+        S = exact(G)[1]
+        svd = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-3)
+        k = svd.S.numel()
+        assert 16 <= k < 128
+        assert (svd.S.double() <= S[:k] * (1 + 1e-5)).all()
+        assert 0.97 <= float(svd.S.double().square().sum() / S[:k].square().sum()) <= 1 + 1e-5
 
 
 def test_coverage_and_overlap():

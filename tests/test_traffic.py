@@ -92,7 +92,7 @@ def test_node_sharding_sends_50_times_fewer_bytes_than_hf_trainer(hosts, tmp_pat
         losses[shard_group] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     started = time.monotonic()
     out = tmp_path / "hf.jsonl"
-    arguments = ["tests/peers/hf_trainer.py", folder, "ds_configs/zero3.json", LAST + 1, out]
+    arguments = ["tools/bench/hf_trainer.py", folder, "ds_configs/zero3.json", LAST + 1, out]
     job = jobs.start_script(hosts, HOSTS, RANKS_PER_HOST, tmp_path / "hf.log", *arguments)
     measured["HF Trainer"] = bytes_per_step(hosts, job, out)
     seconds["HF Trainer"] = time.monotonic() - started

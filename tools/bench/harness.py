@@ -1,0 +1,143 @@
+"""What the benchmarks share: alternating measurements, rows with all that a number needs, a table.
+
+Ours and the peer run alternately in one command, because the machine's speed wanders: compare the ratios of a row, not
+seconds of two days.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results" / "bench.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_model(folder: Path, shape: tuple[int, ...]) -> int:
+    """Write a Llama with random weights and a tokenizer of one token a word (w3, w4, ...).
+
+    Args:
+        shape: hidden, intermediate, layers, heads, key/value heads, words.
+
+    Returns:
+        The number of parameters.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    hidden, intermediate, layers, heads, groups, words = shape
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def alternate(measures: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds that each measure returns, in ``repeats`` rounds over all of them; every other round backwards."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for i in range(repeats):
+        for name in list(measures)[:: -1 if i % 2 else 1]:
+            gc.collect()
+            found[name].append(measures[name]())
+            print(f"  round {i + 1}/{repeats}  {name}: {found[name][-1]:.3f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of a piece of work, the GPU's included."""
+    _synchronize()
+    began = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - began
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median and range of repeated measurements."""
+    return {"median": median(seconds), "least": min(seconds), "most": max(seconds), "rounds": len(seconds)}
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times faster ours is: the median over rounds of the ratio within a round."""
+    return median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def record(bench: str, row: Mapping[str, Any]) -> None:
+    """Append a row to results/bench.jsonl, with date, hardware, versions, commit and command."""
+    found = {
+        "bench": bench,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "command": "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        **row,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same keys as a table in Markdown."""
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

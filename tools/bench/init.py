@@ -1,0 +1,248 @@
+"""Seconds and memory from a base to adapters set, against PEFT's LoRA-GA.
+
+    python tools/bench/init.py                        1 rank, a Llama shape of 310 M parameters in fp32
+    python tools/bench/init.py --ranks 1,2,4          also the busy seconds of each rank
+    python tools/bench/init.py --short                a smaller model, for make bench
+
+Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults), once without gradient
+checkpointing as PEFT's road is, and once bounded: with checkpointing and ``layer_groups``.  PEFT's:
+``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
+Memory is the peak of live tensor bytes beyond the model's, counted in a run of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench import harness
+from tools.bench.tensor_bytes import TensorBytes
+
+MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
+    "310M": (1024, 2816, 26, 16, 8, 4096),
+    "60M": (512, 1408, 16, 8, 4, 4096),
+}
+SAMPLES, R, ALPHA = 8, 8, 16
+ROADS: dict[str, dict[str, Any]] = {
+    "ours": {"model.gradient_checkpointing": "none"},
+    "ours bounded": {"model.gradient_checkpointing": "non_reentrant", "init.layer_groups": 4, "init.halves": False},
+}
+
+
+def batch_ids(length: int) -> torch.Tensor:
+    return torch.randint(3, 4096, (SAMPLES, length), generator=torch.Generator().manual_seed(1))
+
+
+class Ours:
+    """Our road on this rank: load, then initialise."""
+
+    def __init__(self, folder: Path, length: int, overrides: dict[str, Any], zero: str):
+        from lora_one_dist import config, gradient, model
+
+        raw: dict[str, Any] = {
+            "model": {"path": str(folder), "dtype": "fp32"},
+            "data": {"train": "none.jsonl"},
+            "lora": {"r": R, "alpha": ALPHA},
+            "init": {"num_samples": SAMPLES},
+            "train": {"max_steps": 0},
+            "deepspeed": {"config": zero},
+            "output_dir": "none",
+        }
+        for key, value in overrides.items():
+            group, _, name = key.partition(".")
+            raw[group][name] = value
+        self.config = config.Config.model_validate(raw)
+        plan = model.plan(folder, self.config.model, self.config.lora, R)
+        self.base = model.load(self.config.model, self.config.deepspeed, plan, 1)
+        self.targets = plan.targets
+        samples = [{"input_ids": row, "labels": row} for row in batch_ids(length).tolist()]
+        parts = 2 if self.config.init.halves else 1
+        self.batch = gradient.deal_micro_batches(samples, 1, self.config.init.average, parts, 0)
+        self.phases: dict[str, float] = {}
+        self.busy: dict[str, float] = {}
+
+    def held(self) -> list[torch.Tensor]:
+        """Tensors of the model."""
+        parameters: list[Any] = list(self.base.module.parameters())
+        shards = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+        return [*shards, *[p.data for p in parameters], *self.base.module.buffers()]
+
+    def initialise(self) -> None:
+        from lora_one_dist import initialize, model
+
+        result = initialize.initial_pairs(self.base, self.targets, self.config, self.batch, phase=self._phase)
+        with self._phase("set adapters"):
+            description = model.peft_config(self.config.lora, self.targets, self.config.model.path)
+            adapters = model.inject_adapters(self.base, description, self.targets, self.config.model.dtype)
+            initialize.set_adapters(self.base, adapters, result.pairs, self.config.scaling, compensate=False)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began, busy = time.perf_counter(), time.process_time()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - began
+        self.busy[name] = self.busy.get(name, 0.0) + time.process_time() - busy
+
+
+class Peft:
+    """PEFT's road, with its default settings."""
+
+    def __init__(self, folder: Path, length: int):
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = loaded.to(harness.device())
+        self.ids = batch_ids(length).to(harness.device())
+
+    def held(self) -> list[torch.Tensor]:
+        return [*[p.data for p in self.model.parameters()], *self.model.buffers()]
+
+    def initialise(self) -> None:
+        from peft import LoraConfig, LoraGAConfig, get_peft_model
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        start: Any = "lora_ga"
+        config = LoraConfig(
+            r=R, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=start, lora_ga_config=LoraGAConfig()
+        )
+
+        def train_step() -> None:
+            for row in self.ids:
+                self.model(input_ids=row[None], labels=row[None]).loss.backward()
+
+        preprocess_loraga(self.model, config, train_step)
+        get_peft_model(self.model, config)
+
+
+def peak_bytes(road: Ours | Peft) -> int:
+    """Of tensors beyond the model's, while a road initialises."""
+    with TensorBytes(road.held()) as counted:
+        before = counted.live
+        road.initialise()
+    return counted.peak - before
+
+
+def one_rank(folder: Path, length: int, rounds: int, zero: str) -> list[dict[str, Any]]:
+    """Time and memory of the three roads in this process."""
+    from lora_one_dist import comm
+
+    comm.init()
+    makers: dict[str, Callable[[], Ours | Peft]] = {
+        name: partial(Ours, folder, length, settings, zero) for name, settings in ROADS.items()
+    }
+    makers["PEFT"] = partial(Peft, folder, length)
+    phases: dict[str, dict[str, float]] = {}
+
+    def run(name: str) -> float:
+        road = makers[name]()
+        seconds = harness.timed(road.initialise)
+        if isinstance(road, Ours):
+            phases[name] = road.phases
+        return seconds
+
+    seconds = harness.alternate({name: partial(run, name) for name in makers}, rounds)
+    peaks = {}
+    for name, make in makers.items():
+        gc.collect()
+        peaks[name] = peak_bytes(make())
+    rows = []
+    for name in makers:
+        ratio = harness.paired_ratio(seconds["PEFT"], seconds[name])
+        row = {"road": name, "seconds": harness.summary(seconds[name]), "peak_bytes": peaks[name]}
+        harness.record("init", {**row, "length": length, "phases": phases.get(name), "times_faster_than_peft": ratio})
+        rows.append(
+            {
+                "road": name,
+                "s": row["seconds"]["median"],  # type: ignore[index]
+                "x PEFT": ratio,
+                "peak MiB": peaks[name] / 2**20,
+                "of PEFT's": peaks[name] / peaks["PEFT"],
+                **{phase: phases.get(name, {}).get(phase, 0.0) for phase in ("gradient", "svd", "set adapters")},
+            }
+        )
+    comm.shutdown()
+    return rows
+
+
+def child(folder: Path, length: int, zero: str, out: str) -> None:
+    """One rank of several: its seconds, busy and by the clock, of each phase."""
+    from lora_one_dist import comm
+
+    comm.init()
+    road = Ours(folder, length, ROADS["ours"], zero)
+    road.initialise()
+    everyone = comm.all_gather_object({"busy": road.busy, "phases": road.phases})
+    if comm.rank() == 0:
+        Path(out).write_text(json.dumps(everyone), encoding="utf-8")
+    comm.shutdown()
+
+
+def scaling(folder: Path, length: int, zero: str, ranks: list[int]) -> list[dict[str, Any]]:
+    """Busy seconds of the SVD phase over numbers of ranks of one thread each."""
+    rows = []
+    for world_size in ranks:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "ranks.json"
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                str(world_size),
+                "--standalone",
+            ]
+            arguments = ["--child", str(out), "--folder", str(folder), "--length", str(length), "--zero", zero]
+            subprocess.run([*command, __file__, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+            found = json.loads(out.read_text(encoding="utf-8"))
+        busy = {phase: [rank["busy"][phase] for rank in found] for phase in ("gradient", "svd")}
+        harness.record("init over ranks", {"ranks": world_size, "length": length, "busy_seconds": busy})
+        rows.append({"ranks": world_size, **{f"{p} busy s, most": max(s) for p, s in busy.items()}})
+    for row in rows:
+        row["svd, times rank 1's"] = rows[0]["svd busy s, most"] / row["svd busy s, most"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="310M")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sample")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", default="", help="also over these numbers of ranks, e.g. 1,2,4")
+    parser.add_argument("--zero", default="ds_configs/zero3.json")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.folder, arguments.length, arguments.zero, arguments.child)
+        return
+    if arguments.short:
+        arguments.model, arguments.rounds = "60M", 2
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        parameters = harness.make_model(folder, MODELS[arguments.model])
+        print(f"{parameters / 1e6:.0f} M parameters, {SAMPLES} samples of {arguments.length} tokens, r {R}, fp32")
+        if arguments.ranks:
+            ranks = [int(n) for n in arguments.ranks.split(",")]
+            print(harness.table(scaling(folder, arguments.length, arguments.zero, ranks)))
+        print(harness.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Tokens a second while training, against HF Trainer + PEFT; and what the preconditioner adds.
+
+    python tools/bench/step.py                              2 ranks, 400 M parameters, ZeRO-3 and stage 0
+    python tools/bench/step.py --checkpointing none,reentrant,non_reentrant
+    python tools/bench/step.py --short                      a smaller model and fewer steps, for make bench
+
+Both train adapters of the same rank on all linear layers with AdamW, fp32 on a CPU and bf16 on a GPU, the same ZeRO
+JSON, micro-batch 1, every sample of the same length; each is started by deepspeed, alternately.  Seconds are those of
+the median step of a run, without the first ones.  The preconditioner is timed by itself, on the adapters of the same
+model and one rank's share of them, and compared with the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench import harness
+
+MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
+    "400M": (1536, 4096, 14, 12, 12, 4096),
+    "60M": (512, 1408, 16, 8, 4, 4096),
+}
+R, ALPHA, WARM = 8, 16, 2  # steps that are not counted: the first ones also build and connect
+JSONS = {"stage 3": "ds_configs/zero3.json", "stage 0": "ds_configs/stage0.json"}
+
+
+def launch(log: Path, ranks: int, *command: object) -> None:
+    """Run a script by deepspeed on this machine's ranks; a failure shows the end of its log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    port = ["--master_addr", "127.0.0.1", "--master_port", harness.free_port()]
+    started = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, *port, *command]
+    with log.open("w") as file:
+        done = subprocess.run(list(map(str, started)), env=environment, stdout=file, stderr=file, cwd=harness.ROOT)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{log.read_text()[-3000:]}")
+
+
+def step_seconds(lines: Path) -> float:
+    """Of the median step after the first ones."""
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    return median([row["step_seconds"] for row in rows if "step_seconds" in row][WARM:])
+
+
+def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str, **optim: Any) -> float:
+    """Seconds of a step of a run of ours."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        words = " ".join(f"w{3 + i % 60}" for i in range(length + 8))  # cut at max_length
+        rows = "\n".join([json.dumps({"text": words})] * (ranks * steps))
+        (scratch / "train.jsonl").write_text(rows, encoding="utf-8")
+        config = {
+            "model": {
+                "path": str(folder / "model"),
+                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+                "gradient_checkpointing": checkpointing,
+            },
+            "data": {"train": str(scratch / "train.jsonl"), "format": "text", "max_length": length},
+            "lora": {"r": R, "alpha": ALPHA},
+            "init": {"method": "lora", "num_samples": ranks},
+            "optim": {"lr": 1e-4, **optim},
+            "train": {"max_steps": steps, "micro_batch_size": 1, "global_batch_size": ranks},
+            "deepspeed": {"config": zero},
+            "checkpoint": {"steps": 0},
+            "output_dir": str(scratch / "run"),
+        }
+        (scratch / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        launch(folder / "ours.log", ranks, "launch/train.py", "--config", scratch / "config.yaml")
+        return step_seconds(scratch / "run" / "metrics.jsonl")
+
+
+def hf_trainer(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str) -> float:
+    """Seconds of a step of HF Trainer + PEFT."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        lines = Path(name) / "hf.jsonl"
+        arguments = [folder / "model", zero, steps, lines, R, 0, length, checkpointing]
+        launch(folder / "hf.log", ranks, "tools/bench/hf_trainer.py", *arguments)
+        return step_seconds(lines)
+
+
+def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of an optimizer step of one rank's share, with and without the preconditioner, alternately."""
+    from lora_one_dist import config, model, optim
+
+    settings = config.ModelConfig(path=str(folder / "model"), dtype="fp32")
+    targets = model.plan(folder / "model", settings, config.LoraConfig(r=r), 0).targets
+    owned = [block for block in optim.make_layout(targets, r, ranks).blocks if block.owner == 0]
+    generator = torch.Generator(harness.device()).manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=harness.device())
+
+    pairs = [[random(len(b.targets), *size) for size in ((r, b.n), (b.m, r), (r, b.n), (b.m, r))] for b in owned]
+    moments = [[torch.zeros_like(x) for x in (A, B, A, B)] for A, B, _, _ in pairs]
+
+    def update(precondition: bool) -> None:
+        for (A, B, grad_A, grad_B), state in zip(pairs, moments, strict=True):
+            grads = optim.precondition(A, B, grad_A, grad_B, 1e-6) if precondition else (grad_A, grad_B)
+            for i, (parameter, grad) in enumerate(zip((A, B), grads, strict=True)):
+                optim.adamw_(parameter, grad, state[i], state[i + 2], 1, 1e-4, (0.9, 0.999), 1e-8, 0.0)
+
+    kinds = {"with": partial(update, True), "without": partial(update, False)}
+    return harness.alternate({name: partial(harness.timed, work) for name, work in kinds.items()}, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="400M")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512, help="tokens a sample, one sample a rank and step")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", default="non_reentrant")
+    parser.add_argument("--stages", default="stage 3,stage 0")
+    parser.add_argument("--short", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.model, arguments.length, arguments.steps, arguments.rounds = "60M", 128, 6, 2
+    ranks, length = arguments.ranks, arguments.length
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        parameters = harness.make_model(folder / "model", MODELS[arguments.model])
+        print(f"{parameters / 1e6:.0f} M parameters, {ranks} ranks, {length} tokens a rank and step, r {R}")
+        rows, step = [], 0.0
+        for stage in arguments.stages.split(","):
+            for checkpointing in arguments.checkpointing.split(","):
+                common = (folder, ranks, arguments.steps, length, JSONS[stage], checkpointing)
+                work = {"ours": partial(ours, *common), "HF Trainer": partial(hf_trainer, *common)}
+                seconds = harness.alternate(work, arguments.rounds)
+                ratio = harness.paired_ratio(seconds["HF Trainer"], seconds["ours"])
+                row = {"stage": stage, "checkpointing": checkpointing}
+                measured = {name: harness.summary(values) for name, values in seconds.items()}
+                details = {"parameters": parameters, "ranks": ranks, "length": length, "seconds": measured}
+                harness.record("step", {**row, **details, "times_faster": ratio})
+                speeds = {f"{name} tokens/s": ranks * length / m["median"] for name, m in measured.items()}
+                rows.append({**row, **speeds, "ratio": ratio})
+                step = step or measured["ours"]["median"]
+        print(harness.table(rows))
+        shares = []
+        for r in (8, 16, 64):
+            seconds = preconditioner_seconds(folder, r, ranks, 5)
+            added = median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+            harness.record("preconditioner", {"r": r, "seconds": added, "step_seconds": step, "share": added / step})
+            shares.append({"r": r, "preconditioner ms": added * 1e3, "share of a step": f"{added / step:.2%}"})
+        print(harness.table(shares))
+
+
+if __name__ == "__main__":
+    main()
