@@ -161,9 +161,9 @@ class InitConfig(_Group):
     """Where an owner keeps the fp32 gradients of its layers between the backward passes and the SVDs."""
     layer_groups: int = Field(1, ge=1)
     """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, backward passes times K."""
-    halves: bool = True
-    """Report the overlap of the top-r spaces of the batch's two halves. Costs twice the owner's gradient memory, three
-    SVDs a layer instead of one, and a second round of passes where one micro-batch a rank would have done."""
+    halves: bool = False
+    """Report the overlap of the top-r spaces of the batch's two halves: do the samples suffice? Costs twice the owner's
+    gradient memory, three SVDs a layer instead of one, and a second pass where one micro-batch a rank would do."""
     svd_tolerance: float = Field(1e-3, gt=0, le=0.1)
     """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
 

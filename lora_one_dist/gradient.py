@@ -144,28 +144,44 @@ class _CaptureGradient(torch.autograd.Function):
         return grad_output, None, None
 
 
-def weight_gradient(grad_output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
-    """``dY^T X`` in fp32.  grad_output (..., m), layer_input (..., n) -> (m, n).  Pure."""
-    dY = grad_output.reshape(-1, grad_output.shape[-1]).float()
-    X = layer_input.reshape(-1, layer_input.shape[-1]).float()
-    return dY.T @ X
+def weight_gradient(
+    grad_output: torch.Tensor, layer_input: torch.Tensor, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``dY^T X`` in fp32, added in place to ``add_to`` if given.  Pure.
+
+    grad_output (..., m), layer_input (..., n) -> (m, n) fp32.  Products of bf16 are exact in fp32, so a GPU takes them
+    as they are and accumulates in fp32; a CPU has no such product and goes through fp32 copies.
+    """
+    dY = grad_output.reshape(-1, grad_output.shape[-1]).T
+    X = layer_input.reshape(-1, layer_input.shape[-1])
+    if dY.is_cuda and dY.dtype != torch.float32:
+        G = torch.mm(dY, X, out_dtype=torch.float32)
+        return G if add_to is None else add_to.add_(G)
+    dY, X = dY.float(), X.float()
+    return dY @ X if add_to is None else add_to.addmm_(dY, X)
 
 
 class _OwnerSums:
-    """Reduces each gradient to its owner, at most IN_FLIGHT at a time, and sums there over micro-batches."""
+    """Reduces each gradient to its owner, at most IN_FLIGHT at a time, and sums there over micro-batches.
+
+    An owner adds its own gradient to its sum first and reduces into that, unless its sums are on the host.
+    """
 
     def __init__(self, owners: dict[str, int], buffer_device: torch.device):
         self.owners = owners
         self.buffer_device = buffer_device
+        self.on_host = buffer_device != comm.device()
         self.owned: dict[str, torch.Tensor] = {}
-        self.pending: deque[tuple[str, torch.Tensor, Any]] = deque()
+        self.pending: deque[tuple[str, torch.Tensor, comm.Waitable]] = deque()
         self.fired: list[str] = []
 
     def sink(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
         def take(grad_output: torch.Tensor, layer_input: torch.Tensor) -> None:
             while len(self.pending) >= IN_FLIGHT:
                 self._finish_one()
-            G = weight_gradient(grad_output, layer_input)
+            G = weight_gradient(grad_output, layer_input, None if self.on_host else self.owned.get(name))
+            if self.owners[name] == comm.rank() and not self.on_host:
+                self.owned[name] = G
             self.pending.append((name, G, comm.reduce_to(G, self.owners[name])))
             self.fired.append(name)
 
@@ -174,7 +190,7 @@ class _OwnerSums:
     def _finish_one(self) -> None:
         name, G, work = self.pending.popleft()
         work.wait()
-        if self.owners[name] != comm.rank():
+        if self.owners[name] != comm.rank() or not self.on_host:
             return
         if name in self.owned:
             self.owned[name] += G.to(self.buffer_device)

@@ -284,7 +284,7 @@ class Harness:
                 "max_length": 32,
             },
             "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
-            "init": {"method": method, "layer_groups": GROUPS},
+            "init": {"method": method, "layer_groups": GROUPS, "halves": True},
             "optim": {"lr": 5e-3, "warmup_steps": 1},
             "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 7, "eval_steps": 3},
             "checkpoint": {"steps": 2},

@@ -35,9 +35,8 @@ ERRORS = [
         "gradient.py",
         (
             (
-                "            G = weight_gradient(grad_output, layer_input)\n",
-                "            G = weight_gradient(grad_output, layer_input)\n"
-                "            G *= 1.001 if name.endswith('1.mlp.down_proj') else 1.0\n",
+                "            self.pending.append(",
+                "            G *= 1.001 if name.endswith('1.mlp.down_proj') else 1.0\n            self.pending.append(",
             ),
         ),
         "test_gradient.py",

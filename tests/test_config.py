@@ -297,7 +297,7 @@ ALTERED_INIT = {
     "gamma": 2.0,
     "buffer": "host",
     "layer_groups": 2,
-    "halves": False,
+    "halves": True,
     "svd_tolerance": 0.01,
 }
 RULES = [
@@ -345,7 +345,7 @@ RULES = [
             f"no effect with init.method {method}",
         )
         for method in ("pissa", "lora")
-        for key, value in [("num_samples", 4), ("average", "micro_batch"), ("gamma", 2.0), ("halves", False)]
+        for key, value in [("num_samples", 4), ("average", "micro_batch"), ("gamma", 2.0), ("halves", True)]
     ],
     *[
         (

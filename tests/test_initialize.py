@@ -48,7 +48,7 @@ def start(folder, raw, world_groups=1):
 
 def config_of(folder, tmp_path, method, **changes):
     gradient_based = method.startswith("lora_")
-    inits = {"init__method": method, **({"init__num_samples": SAMPLES} if gradient_based else {})}
+    inits = {"init__method": method, **({"init__num_samples": SAMPLES, "init__halves": True} if gradient_based else {})}
     return settings(folder, tmp_path / "out", lora__use_rslora=True, lora__alpha=8, **inits, **changes)
 
 

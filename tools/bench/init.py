@@ -40,7 +40,7 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
 SAMPLES, R, ALPHA = 8, 8, 16
 ROADS: dict[str, dict[str, Any]] = {
     "ours": {"model.gradient_checkpointing": "none"},
-    "ours bounded": {"model.gradient_checkpointing": "non_reentrant", "init.layer_groups": 4, "init.halves": False},
+    "ours bounded": {"model.gradient_checkpointing": "non_reentrant", "init.layer_groups": 4},
 }
 
 

@@ -72,7 +72,7 @@ def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpoin
             },
             "data": {"train": str(scratch / "train.jsonl"), "format": "text", "max_length": length},
             "lora": {"r": R, "alpha": ALPHA},
-            "init": {"method": "lora", "num_samples": ranks},
+            "init": {"method": "lora"},
             "optim": {"lr": 1e-4, **optim},
             "train": {"max_steps": steps, "micro_batch_size": 1, "global_batch_size": ranks},
             "deepspeed": {"config": zero},
