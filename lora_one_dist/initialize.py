@@ -189,17 +189,18 @@ def _decompose(
     if method == "lora":
         A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
-    _refuse_unusable(target, parts, method)
+    parts = [part.to(comm.device()) for part in parts]
+    norms = [_frobenius_norm(part) for part in parts]
+    _refuse_unusable(target, norms, method)
     needed = singular_vectors_needed(method, r)
     overlap = None
     if len(parts) == 2:
         # A report to two digits: the first iterations are enough.
-        first, second = (spectral.truncated_svd(part.to(comm.device()), r, seed, math.inf) for part in parts)
+        first, second = (spectral.truncated_svd(part, r, seed, math.inf) for part in parts)
         overlap = spectral.subspace_overlap(first, second, r)
         parts[0] += parts.pop()
-    matrix = parts.pop().to(comm.device())
-    squared_norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-    svd = spectral.truncated_svd(matrix, needed, seed, config.init.svd_tolerance)
+        norms = [_frobenius_norm(parts[0])]
+    svd = spectral.truncated_svd(parts.pop(), needed, seed, config.init.svd_tolerance)
     if method == "pissa":
         pair = spectral.pissa(svd, r, config.scaling)
     else:
@@ -207,22 +208,27 @@ def _decompose(
         pair = form(svd, r, config.gamma)
     row |= {
         "seconds": time.monotonic() - started,
-        "frobenius_norm": math.sqrt(squared_norm),
+        "frobenius_norm": norms[0],
         "singular_values": svd.S[: max(needed, max(COVERAGE_RANKS))].tolist(),
         "certified_error": svd.error,
         "relative_gap": svd.gap,
         "svd_blocks": svd.blocks,
-        "coverage": spectral.coverage(svd.S, squared_norm, tuple(sorted({*COVERAGE_RANKS, r}))),
+        "coverage": spectral.coverage(svd.S, norms[0] ** 2, tuple(sorted({*COVERAGE_RANKS, r}))),
         "half_overlap": overlap,
     }
     return pair, row
 
 
-def _refuse_unusable(target: Target, parts: Sequence[torch.Tensor], method: str) -> None:
+def _frobenius_norm(matrix: torch.Tensor) -> float:
+    """Summed in fp64, so that it is finite if and only if every element is, and 0 only of zeros."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
+def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
     fault = None
-    if not all(bool(part.isfinite().all()) for part in parts):
+    if not all(map(math.isfinite, norms)):
         fault = "not finite"
-    elif not any(bool(part.any()) for part in parts):
+    elif not any(norms):
         fault = "zero"
     if fault is not None:
         raise GradientError(

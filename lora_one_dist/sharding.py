@@ -4,7 +4,11 @@ In: a model without values (or a function that loads one), and a ZeRO JSON (memo
 which is the plain module under stage 0 (every rank holds every weight), or a module whose parameters ZeRO-3 partitions
 over the ranks and gathers layer by layer.  The base is frozen, so no DeepSpeed optimizer ever sees it.
 
-Memory per rank, stage 3: ``bytes(base) / world_size``, plus the layers gathered at one time, plus a second, whole copy
+A transformer block is gathered and released as a whole (unless it alone exceeds ``stage3_max_live_parameters``):
+DeepSpeed's hooks around every inner module cost a fifth of a forward and backward pass, and its record of a pass takes
+time in the square of the modules it follows.
+
+Memory per rank, stage 3: ``bytes(base) / world_size``, plus the blocks gathered at one time, plus a second, whole copy
 of the parameters below ``stage3_param_persistence_threshold``.
 """
 
@@ -24,7 +28,9 @@ from torch import nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_module
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from lora_one_dist import comm
@@ -35,6 +41,17 @@ if not torch.cuda.is_available():
     # a lock on which every later run waits). gloo serves; deepspeed 0.19 asks this table before it builds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_all_parameters = coordinator.get_all_parameters
+
+
+def _partitioned_parameters(module: nn.Module, recurse: bool = False) -> list[tuple[str, Any]]:
+    """DeepSpeed's list of what it gathers for a module, without the adapters, which it does not hold."""
+    return [(name, param) for name, param in _all_parameters(module, recurse) if hasattr(param, "ds_id")]
+
+
+coordinator.get_all_parameters = _partitioned_parameters
+
+MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
 
 
@@ -164,8 +181,19 @@ def load_pretrained(build: Callable[[], nn.Module], ds_config: dict | None) -> B
 
 
 def _initialize(model: nn.Module, ds_config: dict[str, Any], copies: int) -> Base:
+    largest = ds_config["zero_optimization"].get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
+    for block in blocks(model):
+        parameters: list[Any] = list(block.parameters())
+        set_z3_leaf_module(block, sum(parameter.ds_numel for parameter in parameters) <= largest)
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
     return Base(engine.module, copies, engine)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: members of the outermost module lists.  Pure."""
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in blocks(child)]
 
 
 def _own_range(param: Any) -> tuple[torch.Tensor, int]:

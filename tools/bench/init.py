@@ -1,6 +1,6 @@
 """Seconds and memory from a base to adapters set, against PEFT's LoRA-GA.
 
-    python tools/bench/init.py                        1 rank, a Llama shape of 310 M parameters in fp32
+    python tools/bench/init.py                        1 rank, a Llama shape of 370 M parameters in fp32
     python tools/bench/init.py --ranks 1,2,4          also the busy seconds of each rank
     python tools/bench/init.py --short                a smaller model, for make bench
 
@@ -34,7 +34,7 @@ from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
 MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
-    "310M": (1024, 2816, 26, 16, 8, 4096),
+    "370M": (1024, 2816, 26, 16, 8, 32000),
     "60M": (512, 1408, 16, 8, 4, 4096),
 }
 SAMPLES, R, ALPHA = 8, 8, 16
@@ -220,8 +220,8 @@ def scaling(folder: Path, length: int, zero: str, ranks: list[int]) -> list[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="310M")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sample")
+    parser.add_argument("--model", choices=list(MODELS), default="370M")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", default="", help="also over these numbers of ranks, e.g. 1,2,4")
     parser.add_argument("--zero", default="ds_configs/zero3.json")
@@ -233,7 +233,7 @@ def main() -> None:
         child(arguments.folder, arguments.length, arguments.zero, arguments.child)
         return
     if arguments.short:
-        arguments.model, arguments.rounds = "60M", 2
+        arguments.model, arguments.rounds, arguments.length = "60M", 2, 128
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         parameters = harness.make_model(folder, MODELS[arguments.model])
