@@ -5,20 +5,7 @@ All weights stay frozen.  On each target a forward hook passes the output throug
 layer's input (so both kinds of gradient checkpointing recompute it instead of holding it) and in backward forms
 ``G = dY^T X``, which leaves for the owner at once while backward goes on.
 
-Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank are the sum of what
-:func:`peak_terms` computes, for T tokens in a micro-batch (padding included), hidden size h, intermediate size f, L
-blocks, V words, e bytes an element, P parameters over R ranks:
-
-- ``base``         e P / R: the resting partitions (e P under stage 0)
-- ``gathered``     e (max_live_parameters + max(V h, largest target)): what ZeRO-3 holds whole at one time; its JSON
-                   bounds the first, one layer may come on top (0 under stage 0 or on one rank)
-- ``owned``        4 sum(m n) over owned targets of a layer group, for each part of the batch; on the host if ``buffer``
-                   is host
-- ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner
-- ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32
-- ``block_inputs`` e T h (L + 1), with gradient checkpointing
-- ``activations``  the larger of T (16 e h + 5 e f) for one recomputed block (for all L without checkpointing), and the
-                   logits with their fp32 softmax and gradient, T V (2 e + 8 if e < 4 else 12)
+Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank: :mod:`lora_one_dist.planner`.
 """
 
 from __future__ import annotations
@@ -41,45 +28,6 @@ IN_FLIGHT = 2  # reductions that may be under way at once: hides the wire behind
 
 class GradientError(RuntimeError):
     """The gradient of a layer did not come exactly once per micro-batch, or is zero or not finite."""
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """What the memory of a forward and backward pass depends on (module docstring)."""
-
-    parameters: int
-    shard_ranks: int
-    tokens: int
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-    element_size: int
-    checkpointing: bool
-    max_live_parameters: int = 0
-
-
-def peak_terms(shape: PassShape, targets: Sequence[Target], owned: Sequence[Target], parts: int) -> dict[str, int]:
-    """Peak bytes of one rank in the gradient phase, term by term (module docstring).  Pure.
-
-    Args:
-        targets: of one layer group.  owned: those of them that the rank owns.  parts: parts of the batch.
-    """
-    e, T = shape.element_size, shape.tokens
-    largest = max(t.m * t.n for t in targets)
-    whole = shape.max_live_parameters + max(largest, shape.vocabulary * shape.hidden) if shape.shard_ranks > 1 else 0
-    blocks = 1 if shape.checkpointing else shape.layers
-    block = blocks * T * e * (16 * shape.hidden + 5 * shape.intermediate)
-    logits = T * shape.vocabulary * (2 * e + 8 if e < 4 else 12)
-    return {
-        "base": e * shape.parameters // shape.shard_ranks,
-        "gathered": e * whole,
-        "owned": 4 * parts * sum(t.m * t.n for t in owned),
-        "in_flight": 4 * IN_FLIGHT * largest,
-        "upcast": 4 * T * max(t.m + t.n for t in targets) if e < 4 else 0,
-        "block_inputs": e * T * shape.hidden * (shape.layers + 1) if shape.checkpointing else 0,
-        "activations": max(block, logits),
-    }
 
 
 @dataclass(frozen=True)

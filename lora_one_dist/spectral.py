@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_BLOCK = 16  # columns of a block of the Krylov space; 3/4 r where that is more
+MIN_BLOCK = 16  # columns of a block of the Krylov space; 3/4 r where that is more (krylov_width)
 FULL_BLOCKS = 8  # a matrix hardly larger than so many blocks is decomposed in full
 MAX_BLOCKS = 32
 # Singular triplets in fp32 leave a residual of about this times S_1 however long one iterates (measured: 6 to 9 eps).
@@ -45,6 +45,11 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
+def krylov_width(r: int) -> int:
+    """Columns of a block of the Krylov space for r triplets."""
+    return max(MIN_BLOCK, 3 * r // 4)
+
+
 def truncated_svd(G: torch.Tensor, r: int, seed: int, tolerance: float) -> TruncatedSVD:
     """Top singular triplets of G (m, n), signs fixed, by randomised block Krylov iteration until certified.
 
@@ -54,7 +59,7 @@ def truncated_svd(G: torch.Tensor, r: int, seed: int, tolerance: float) -> Trunc
     Source: Musco and Musco, arXiv 1504.05477, algorithm 2; with the basis kept orthonormal on both sides.
     """
     G = G.float()
-    smallest, width = min(G.shape), max(MIN_BLOCK, 3 * r // 4)
+    smallest, width = min(G.shape), krylov_width(r)
     blocks, first_certified = 0, -(-4 * r // width) + 1
     best: TruncatedSVD | None = None
     generator = torch.Generator(G.device).manual_seed(seed)

@@ -1,0 +1,409 @@
+"""What a run will take, before a weight is read: bytes per rank and phase, bytes on the wire, operations, seconds.
+
+In: the shapes of a model (its config.json is enough), the run's config with its ZeRO JSON, a cluster.  Out: numbers,
+term by term.  Pure; not collective.  A benchmark (tools/bench/phases.py) holds memory and gloo's wire against
+measurements; what is said of NCCL and of seconds are predictions.
+
+Symbols: T tokens of a micro-batch (padding included), h hidden size, f intermediate size, L blocks, V words, e bytes an
+element, P parameters of the base, S ranks that share one copy of it, R ranks, H hosts, p adapter parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_one_dist import ownership
+from lora_one_dist.config import COMPENSATED_METHODS, GRADIENT_METHODS, Config
+from lora_one_dist.gradient import IN_FLIGHT
+from lora_one_dist.initialize import singular_vectors_needed
+from lora_one_dist.model import Target
+from lora_one_dist.optim import make_layout
+from lora_one_dist.sharding import SLAB_BYTES, blocks
+from lora_one_dist.spectral import FULL_BLOCKS, krylov_width
+
+BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
+FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
+SCALAR_BYTES = 1024  # of one small collective: a scalar, a checked object
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, as far as memory and work depend on it.  Elements, not bytes."""
+
+    parameters: int
+    persistent: int
+    """In parameters below ``stage3_param_persistence_threshold``: ZeRO-3 keeps a second, whole copy of them."""
+    largest_tensor: int
+    largest_block: int
+    embedding: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    targets: tuple[Target, ...]
+
+    @property
+    def adapter(self) -> int:
+        """Adapter parameters for r 1."""
+        return sum(target.m + target.n for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run goes.  Speeds per rank, in bytes and operations a second; of use for :func:`seconds` alone."""
+
+    hosts: int
+    ranks_per_host: int
+    bytes_per_rank: float = 80e9
+    operations: float = 4e14
+    inside: float = 2e11
+    between: float = 2.5e10
+    backend: str = "nccl"
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+
+@dataclass
+class Wire:
+    """Bytes sent in a phase, by all ranks together: to a rank of the same host, and to one of another."""
+
+    inside: float = 0.0
+    between: float = 0.0
+
+    def __add__(self, other: Wire) -> Wire:
+        return Wire(self.inside + other.inside, self.between + other.between)
+
+    def __mul__(self, times: float) -> Wire:
+        return Wire(self.inside * times, self.between * times)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """All of it.  Bytes of memory per rank (the fullest one) and phase, term by term."""
+
+    memory: dict[str, dict[str, int]]
+    wire: dict[str, Wire]
+    operations: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def peak(self, phase: str) -> int:
+        return sum(self.memory[phase].values())
+
+
+def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: int) -> Shape:
+    """Of a transformers model; its parameters may be on the meta device."""
+    config = skeleton.config
+    sizes = [parameter.numel() for parameter in skeleton.parameters()]
+    block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
+    hidden = config.hidden_size
+    return Shape(
+        parameters=sum(sizes),
+        persistent=sum(size for size in sizes if size < persistence_threshold),
+        largest_tensor=max(sizes),
+        largest_block=max(block_sizes, default=max(sizes)),
+        embedding=skeleton.get_input_embeddings().weight.numel(),
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        targets=tuple(targets),
+    )
+
+
+def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
+    """Memory, wire, operations and seconds of a run's phases.
+
+    Phases: ``load``, ``gradient`` and ``svd`` (of one layer group; the methods with none have none), ``broadcast``, and
+    ``step`` (one optimizer step).  Wire, operations and seconds of the first three are those of all layer groups.
+    """
+    tokens = config.train.micro_batch_size * config.data.max_length
+    memory = _memory(shape, config, cluster, tokens)
+    wire = _wire(shape, config, cluster)
+    operations = _operations(shape, config, cluster, tokens)
+    return Prediction(memory, wire, operations, _seconds(shape, config, cluster, wire, operations))
+
+
+def _sharers(config: Config, cluster: Cluster) -> int:
+    if config.deepspeed.stage != 3:
+        return 1
+    return cluster.ranks if config.deepspeed.shard_group == "world" else cluster.ranks_per_host
+
+
+def _zero(config: Config) -> Mapping[str, Any]:
+    return config.deepspeed.policy().get("zero_optimization", {})
+
+
+def _element_size(config: Config) -> int:
+    return 2 if config.model.dtype == "bf16" else 4
+
+
+def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
+    """Elements that ZeRO-3 keeps from forward to backward: ``stage3_max_reuse_distance`` of them (measured)."""
+    return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", 10**9)))
+
+
+def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
+    """Elements that ZeRO-3 holds whole at one time: what it keeps for reuse, what it fetches ahead (to the end of a
+    tensor), and twice a block: the flat buffer of its gathering and the tensors cut from it."""
+    bucket = min(zero.get("stage3_prefetch_bucket_size", 5 * 10**7), zero.get("stage3_max_live_parameters", 10**9))
+    ahead = int(bucket) + shape.largest_tensor if bucket else 0
+    return min(shape.parameters + shape.largest_block, kept_gathered(shape, zero) + ahead + 2 * shape.largest_block)
+
+
+def _memory(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, dict[str, int]]:
+    """Terms in bytes:
+
+    - ``base``         e P / S on the device (under ``offload_param`` in host memory: 0 here)
+    - ``gathered``     e :func:`gathered`: what ZeRO-3 holds whole at one time (0 on one rank or under stage 0)
+    - ``owned``        4 sum(m n) over the fullest owner's targets of a layer group, for each part of the batch; 0 if
+                       ``init.buffer`` is host
+    - ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner (0 on one rank)
+    - ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU)
+    - ``block_inputs`` e T h (L + 1), with gradient checkpointing
+    - ``activations``  the larger of T (16 e h + 5 e f) for one recomputed block (for all L without checkpointing), and
+                       the logits with their fp32 softmax and gradient, T V (2 e + 8 if e < 4 else 12)
+    - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.spectral`)
+    - ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
+    - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
+    """
+    e, sharers = _element_size(config), _sharers(config, cluster)
+    zero = _zero(config)
+    on_gpu = cluster.backend == "nccl"
+    offloaded = "offload_param" in zero and on_gpu
+    several = config.deepspeed.stage == 3 and sharers > 1
+    base = {"base": 0 if offloaded else e * (shape.parameters // sharers)}
+    if config.deepspeed.stage == 3:
+        base["persistent"] = e * shape.persistent if several else 0
+    passes = base | {
+        "gathered": e * gathered(shape, zero) if several else 0,
+        **_activations(shape, tokens, e, config.model.gradient_checkpointing != "none"),
+    }
+    staging = SLAB_BYTES if on_gpu else 0
+    largest = e * shape.largest_tensor if several else 0
+    found = {"load": base | {"largest_tensor": largest, "staging": staging}}
+    r = config.lora.r
+    pairs = 4 * r * shape.adapter
+    if config.init.method in GRADIENT_METHODS:
+        found["gradient"] = passes | gradient_terms(shape, config, cluster, tokens)
+    if config.init.method != "lora":
+        owned, largest_owned = _owned(shape, config, cluster)
+        held = 0 if config.init.buffer == "host" and on_gpu else 4 * _parts(config) * owned
+        needed = singular_vectors_needed(config.init.method, r)
+        krylov = max((krylov_bytes(target, needed) for target in largest_owned), default=0)
+        found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
+        found["broadcast"] = base | {"pairs": 2 * pairs}
+    p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
+    kept = pairs if config.init.method in COMPENSATED_METHODS else 0
+    states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
+    found["step"] = passes | states | ({"compensated pairs": kept} if kept else {})
+    return found
+
+
+def _activations(shape: Shape, tokens: int, e: int, checkpointing: bool) -> dict[str, int]:
+    at_once = 1 if checkpointing else shape.layers
+    block = at_once * tokens * e * (16 * shape.hidden + 5 * shape.intermediate)
+    logits = tokens * shape.vocabulary * (2 * e + 8 if e < 4 else 12)
+    inputs = e * tokens * shape.hidden * (shape.layers + 1) if checkpointing else 0
+    return {"block_inputs": inputs, "activations": max(block, logits)}
+
+
+def gradient_terms(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, int]:
+    """Of the gradient phase alone, beside the base and the activations."""
+    e, on_gpu = _element_size(config), cluster.backend == "nccl"
+    owned, _ = _owned(shape, config, cluster)
+    largest = max(target.m * target.n for target in shape.targets)
+    upcast = 0 if e == 4 or on_gpu else 4 * tokens * max(target.m + target.n for target in shape.targets)
+    host = config.init.buffer == "host" and on_gpu
+    return {
+        "owned": 0 if host else 4 * _parts(config) * owned,
+        "in_flight": 4 * IN_FLIGHT * largest if cluster.ranks > 1 or host else 0,
+        "upcast": upcast,
+    }
+
+
+def _parts(config: Config) -> int:
+    return 2 if config.init.halves and config.init.method in GRADIENT_METHODS and config.init.num_samples > 1 else 1
+
+
+def _owned(shape: Shape, config: Config, cluster: Cluster) -> tuple[int, list[Target]]:
+    """Elements of the fullest owner's matrices in the largest layer group, and which they are."""
+    fullest: tuple[int, list[Target]] = (0, [])
+    costs = [float(target.m * target.n) for target in shape.targets]
+    for group in ownership.split(costs, config.init.layer_groups):
+        owners = ownership.assign([costs[i] for i in group], cluster.ranks)
+        for rank in range(cluster.ranks):
+            own = [shape.targets[i] for i, owner in zip(group, owners, strict=True) if owner == rank]
+            fullest = max(fullest, (sum(t.m * t.n for t in own), own), key=lambda found: found[0])
+    return fullest
+
+
+def krylov_bytes(target: Target, r: int) -> int:
+    """Of one SVD: bases of both sides and their images, or of a full one."""
+    width = krylov_width(r)
+    if min(target.m, target.n) <= FULL_BLOCKS * width:
+        return 4 * (target.m + target.n) * min(target.m, target.n)
+    return 4 * BLOCKS_EXPECTED * width * (2 * target.m + 3 * target.n)
+
+
+def ring(size: float, group: Iterable[int], ranks_per_host: int, rounds: float = 1.0) -> Wire:
+    """Each rank of the group sends (n - 1) / n of ``size`` to the next, ``rounds`` times."""
+    members = list(group)
+    sent = rounds * size * (len(members) - 1) / len(members)
+    wire = Wire()
+    for rank, following in zip(members, members[1:] + members[:1], strict=True):
+        same = rank // ranks_per_host == following // ranks_per_host
+        wire += Wire(sent, 0.0) if same else Wire(0.0, sent)
+    return wire
+
+
+def _to_owner(size: float, owner: int, cluster: Cluster) -> Wire:
+    """A reduction to one rank.  gloo: a ring reduce-scatter, then each sends its piece; NCCL: a chain."""
+    ranks, each = range(cluster.ranks), cluster.ranks_per_host
+    if cluster.backend != "gloo":
+        return Wire(size * (cluster.ranks - cluster.hosts), size * (cluster.hosts - 1))
+    wire = ring(size, ranks, each)
+    for rank in ranks:
+        piece = size / cluster.ranks if rank != owner else 0.0
+        wire += Wire(piece, 0.0) if rank // each == owner // each else Wire(0.0, piece)
+    return wire
+
+
+def _from_owner(size: float, owner: int, cluster: Cluster) -> Wire:
+    """A broadcast.  gloo: a binomial tree; NCCL: a chain."""
+    each, wire = cluster.ranks_per_host, Wire()
+    if cluster.backend != "gloo":
+        return Wire(size * (cluster.ranks - cluster.hosts), size * (cluster.hosts - 1))
+    for number in range(1, cluster.ranks):
+        parent = number ^ (1 << (number.bit_length() - 1))  # without its highest bit
+        rank, source = ((place + owner) % cluster.ranks for place in (number, parent))
+        wire += Wire(size, 0.0) if rank // each == source // each else Wire(0.0, size)
+    return wire
+
+
+def _base_gathers(shape: Shape, config: Config, cluster: Cluster, times: float) -> Wire:
+    """All-gathers of the base, in each group that shares a copy."""
+    sharers = _sharers(config, cluster)
+    if sharers == 1:
+        return Wire()
+    groups = [range(first, first + sharers) for first in range(0, cluster.ranks, sharers)]
+    size = _element_size(config) * (shape.parameters - shape.persistent) * times
+    return sum((ring(size, group, cluster.ranks_per_host) for group in groups), Wire())
+
+
+def gathers_a_pass(shape: Shape, zero: Mapping[str, Any]) -> float:
+    """How often a forward and backward pass gathers the base: twice, but the embedding has no backward, and what is
+    kept for reuse is gathered once."""
+    return 2.0 - (shape.embedding + kept_gathered(shape, zero)) / shape.parameters if shape.parameters else 0.0
+
+
+def _passes(samples: int, micro_batch_size: int, ranks: int) -> int:
+    """Micro-batches that each rank runs."""
+    return -(-samples // (micro_batch_size * ranks))
+
+
+def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
+    """Bytes sent by all ranks together, of one start and of one optimizer step."""
+    found = {"load": Wire()}
+    r, ranks, each = config.lora.r, cluster.ranks, cluster.ranks_per_host
+    a_pass = _base_gathers(shape, config, cluster, max(1.0, gathers_a_pass(shape, _zero(config))))
+    costs = [float(target.m * target.n) for target in shape.targets]
+    groups = ownership.split(costs, config.init.layer_groups)
+    gradient, broadcast = Wire(), Wire()
+    if config.init.method in GRADIENT_METHODS:
+        parts = _parts(config)
+        passes = parts * _passes(-(-config.init.num_samples // parts), config.train.micro_batch_size, ranks)
+    for group in groups:
+        owners = ownership.assign([costs[i] for i in group], ranks)
+        if config.init.method in GRADIENT_METHODS:
+            gradient += a_pass * passes
+        for i, owner in zip(group, owners, strict=True):
+            target = shape.targets[i]
+            if config.init.method in GRADIENT_METHODS:
+                gradient += _to_owner(4 * target.m * target.n, owner, cluster) * passes
+            broadcast += _from_owner(4 * r * (target.m + target.n), owner, cluster)
+    if config.init.method in GRADIENT_METHODS:
+        found["gradient"] = gradient
+    if config.init.method == "pissa":
+        found["gather weights"] = _base_gathers(shape, config, cluster, 1.0)
+    found["broadcast"] = broadcast
+    share = make_layout(shape.targets, r, ranks).share
+    inside = ranks * (each - 1) / each
+    between = ranks * (cluster.hosts - 1) / cluster.hosts
+    e = _element_size(config)
+    reduce = Wire(inside * 4 * share * ranks, between * 4 * share * cluster.hosts)
+    gather = Wire(inside * e * share * ranks, between * e * share * cluster.hosts)
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * ranks) or 1
+    found["step"] = a_pass * micro_batches + reduce + gather
+    return found
+
+
+def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, float]:
+    """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
+    by causality; a recomputed forward counts."""
+    forward = 2.0 * tokens * (shape.parameters - shape.embedding) + 2.0 * tokens * config.data.max_length * (
+        shape.hidden * shape.layers
+    )
+    again = 1 if config.model.gradient_checkpointing != "none" else 0
+    weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
+    found = {}
+    if config.init.method in GRADIENT_METHODS:
+        passes = _parts(config) * _passes(
+            -(-config.init.num_samples // _parts(config)), config.train.micro_batch_size, cluster.ranks
+        )
+        found["gradient"] = passes * (config.init.layer_groups * forward * (2 + again) + weights)
+    if config.init.method != "lora":
+        needed = singular_vectors_needed(config.init.method, config.lora.r)
+        columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if _parts(config) == 2 else 1)
+        owned, _ = _owned(shape, config, cluster)
+        found["svd"] = (
+            4.0
+            * columns
+            * owned
+            * len(ownership.split([float(t.m * t.n) for t in shape.targets], config.init.layer_groups))
+        )
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * cluster.ranks) or 1
+    adapters = 6.0 * tokens * config.lora.r * shape.adapter
+    found["step"] = micro_batches * (forward * (2 + again) + adapters)
+    return found
+
+
+def _seconds(
+    shape: Shape, config: Config, cluster: Cluster, wire: Mapping[str, Wire], operations: Mapping[str, float]
+) -> dict[str, float]:
+    """The longer of work and wire, phase by phase: as if they overlapped well."""
+    found = {}
+    for phase in dict.fromkeys([*operations, *wire]):
+        speed = cluster.operations * (FP32_SHARE if phase == "svd" else 1.0)
+        moved = wire.get(phase, Wire())
+        on_wire = moved.inside / cluster.ranks / cluster.inside + moved.between / cluster.ranks / cluster.between
+        found[phase] = max(operations.get(phase, 0.0) / speed, on_wire)
+    return found
+
+
+def advice(shape: Shape, config: Config, cluster: Cluster, prediction: Prediction) -> list[str]:
+    """What to change where a phase does not fit into ``cluster.bytes_per_rank``, the largest gain first."""
+    found = []
+    for phase, terms in prediction.memory.items():
+        peak = sum(terms.values())
+        if peak <= cluster.bytes_per_rank:
+            continue
+        remedies = {
+            "base": "more ranks, deepspeed.shard_group=world, or ds_configs/zero3_offload.json",
+            "gathered": "a smaller stage3_max_reuse_distance in the ZeRO JSON (more bytes on the wire)",
+            "owned": f"init.layer_groups={2 * config.init.layer_groups} or init.buffer=host",
+            "activations": "a smaller train.micro_batch_size, gradient checkpointing, or a smaller data.max_length",
+            "block_inputs": "a smaller train.micro_batch_size or a smaller data.max_length",
+            "adapters": "a smaller lora.r or fewer lora.target_modules",
+        }
+        largest = sorted((name for name in terms if name in remedies), key=lambda name: -terms[name])
+        helpful = [f"{name} {terms[name] / 1e9:.1f} GB: {remedies[name]}" for name in largest[:3] if terms[name]]
+        found.append(
+            f"{phase} needs {peak / 1e9:.1f} GB a rank, {cluster.bytes_per_rank / 1e9:.0f} GB are there. "
+            + "; ".join(helpful)
+            + "."
+        )
+    return found

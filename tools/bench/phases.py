@@ -1,0 +1,246 @@
+"""Peak memory and bytes on the wire of every phase of a run, measured, beside what the planner says.
+
+    python tools/bench/phases.py              three models, 2 and 4 ranks, both shard groups; 2 hosts of 2 ranks
+    python tools/bench/phases.py --short      one model, 4 ranks, both shard groups, for make bench
+
+Each row is a real run (launch/train.py's road) on ranks of this machine, over gloo in fp32.  Memory is the peak of live
+tensor bytes of the fullest rank, load to training; wire is what the kernel counted on the ranks' interfaces, headers
+included, and for a step the mean of the last ones.  With root on Linux the wire is also counted on separate hosts:
+network namespaces, whose own loopback carries what stays inside and whose cable what crosses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests import hosts as virtual
+from tests import jobs
+from tests.ranks import run_ranks
+from tools.bench import harness
+from tools.bench.tensor_bytes import TensorBytes
+
+MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
+    "120M": (768, 2048, 14, 12, 12, 8192),
+    "500M": (1024, 2816, 36, 16, 16, 32000),
+    "700M": (1536, 4096, 24, 12, 12, 4096),
+    "1B": (2048, 5504, 18, 16, 16, 32000),
+}
+STEPS, LENGTH, R = 5, 32, 8
+CHECKED = ("load", "gradient", "svd", "broadcast", "step")
+MIB = 2**20
+
+
+def write_run(folder: Path, name: str, ranks: int, shard_group: str, zero: dict[str, int]) -> dict[str, Any]:
+    """The config of a run in ``folder/name``, and its data and ZeRO JSON."""
+    words = " ".join(f"w{3 + i % 60}" for i in range(LENGTH + 8))  # cut at max_length
+    rows = "\n".join([json.dumps({"text": words})] * (ranks * STEPS))
+    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
+    policy = {
+        "zero_optimization": {
+            **json.loads((harness.ROOT / "ds_configs/zero3.json").read_text())["zero_optimization"],
+            **zero,
+        }
+    }
+    (folder / "zero.json").write_text(json.dumps(policy), encoding="utf-8")
+    return {
+        "model": {"path": str(folder / name), "dtype": "fp32", "gradient_checkpointing": "non_reentrant"},
+        "data": {"train": str(folder / "train.jsonl"), "format": "text", "max_length": LENGTH},
+        "lora": {"r": R, "alpha": 2 * R},
+        "init": {"num_samples": 2 * ranks},
+        "optim": {"lr": 1e-4},
+        "train": {"max_steps": STEPS, "micro_batch_size": 1, "global_batch_size": ranks},
+        "deepspeed": {"config": str(folder / "zero.json"), "shard_group": shard_group},
+        "checkpoint": {"steps": 0},
+        "output_dir": str(Path(tempfile.mkdtemp(dir=folder)) / "run"),
+    }
+
+
+def sent_bytes() -> tuple[int, int]:
+    """What this host's ranks have sent so far: over its loopback, and over its other interfaces."""
+    inside = between = 0
+    for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
+        interface, counts = line.split(":")
+        if interface.strip() == "lo":
+            inside += int(counts.split()[8])
+        else:
+            between += int(counts.split()[8])
+    return inside, between
+
+
+def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
+    """Runs on a rank, all together: per phase the fullest rank's peak and all hosts' sent bytes.
+
+    Args:
+        separate: have the hosts interfaces of their own?
+    """
+    from lora_one_dist import comm, config, metrics, optim, train
+
+    counted = TensorBytes()
+    counts_here = comm.is_local_first() if separate else comm.rank() == 0
+    found: dict[str, dict[str, Any]] = {}
+    step_ends: list[tuple[int, int]] = []
+
+    def sent() -> tuple[int, int]:
+        comm.barrier()
+        here = sent_bytes()
+        comm.barrier()
+        return here
+
+    class Metered(metrics.Phases):
+        @contextlib.contextmanager
+        def __call__(self, name: str) -> Iterator[None]:
+            before = sent()
+            counted.peak = counted.live
+            with super().__call__(name):
+                yield
+            after = sent()
+            row = found.setdefault(name, {"peak": 0, "inside": 0, "between": 0})
+            row["peak"] = max(row["peak"], counted.peak)
+            row["inside"] += after[0] - before[0]
+            row["between"] += after[1] - before[1]
+
+    stock_phases, stock_step = metrics.Phases, optim.LayerShardedOptimizer.step
+
+    def step(self: Any, lr: float) -> float:
+        norm = stock_step(self, lr)
+        step_ends.append(sent())
+        return norm
+
+    metrics.Phases, optim.LayerShardedOptimizer.step = Metered, step  # type: ignore[misc, method-assign]
+    try:
+        with counted:
+            train.run(config.parse_config(raw))
+    finally:
+        metrics.Phases, optim.LayerShardedOptimizer.step = stock_phases, stock_step  # type: ignore[misc, method-assign]
+    last = STEPS - 3  # steps that count: the first ones also record what DeepSpeed fetches
+    found["step"] = {
+        "peak": found.pop("train")["peak"],
+        **{key: (step_ends[-1][i] - step_ends[-1 - last][i]) / last for i, key in enumerate(("inside", "between"))},
+    }
+    everyone = comm.all_gather_object((found, counts_here))
+    return {
+        name: {
+            "peak": max(ranks[name]["peak"] for ranks, _ in everyone),
+            **{key: sum(ranks[name][key] for ranks, counts in everyone if counts) for key in ("inside", "between")},
+        }
+        for name in found
+    }
+
+
+def predicted(raw: dict[str, Any], hosts: int, ranks_per_host: int) -> Any:
+    """What the planner says of the same run."""
+    from lora_one_dist import config, model, planner
+
+    settings = config.parse_config(raw)
+    plan = model.plan(Path(settings.model.path), settings.model, settings.lora, R)
+    threshold = settings.deepspeed.policy()["zero_optimization"]["stage3_param_persistence_threshold"]
+    shape = planner.shape_of(plan.skeleton, plan.targets, threshold)
+    return planner.predict(shape, settings, planner.Cluster(hosts, ranks_per_host, backend="gloo"))
+
+
+def compare(measured: dict[str, dict[str, Any]], prediction: Any, separate: bool) -> list[dict[str, Any]]:
+    """A row per phase: measured, predicted, and their ratio."""
+    rows = []
+    for phase in CHECKED:
+        row: dict[str, Any] = {"phase": phase, "peak MiB": measured[phase]["peak"] / MIB}
+        row["planned"] = prediction.peak(phase) / MIB
+        row["peak ratio"] = row["peak MiB"] / row["planned"]
+        wire = prediction.wire.get(phase)
+        kinds = (("inside", "between") if separate else ("all",)) if wire else ()
+        for kind in ("inside", "between") if separate else ("all",):
+            sent = sum(measured[phase][k] for k in ("inside", "between")) if kind == "all" else measured[phase][kind]
+            plan = 0.0
+            if kinds:
+                plan = wire.inside + wire.between if kind == "all" else getattr(wire, kind)
+            row[f"{kind} MiB"] = sent / MIB
+            row[f"{kind} planned"] = plan / MIB
+            row[f"{kind} ratio"] = sent / plan if plan else "-"
+        rows.append(row)
+    return rows
+
+
+def on_separate_hosts(raw: dict[str, Any], folder: Path, hosts: int, ranks_per_host: int) -> dict[str, dict[str, Any]]:
+    """The same on network namespaces."""
+    out, config = folder / "separate.json", folder / "separate-config.json"
+    config.write_text(json.dumps(raw), encoding="utf-8")
+    out.unlink(missing_ok=True)
+    with virtual.Hosts(Path(tempfile.mkdtemp(dir=folder)), hosts) as made:
+        job = jobs.start_script(
+            made, hosts, ranks_per_host, folder / "separate.log", Path(__file__), "--child", out, "--config", config
+        )
+        try:
+            ended = job.wait(600)
+        finally:
+            job.end()
+    if ended != [0]:
+        raise SystemExit(f"the run on separate hosts failed, {ended}:\n{job.output()[-3000:]}")
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def child(config: Path, out: Path) -> None:
+    """One rank on a separate host."""
+    from lora_one_dist import comm
+
+    comm.init()
+    found = measure(json.loads(config.read_text(encoding="utf-8")), separate=True)
+    if comm.rank() == 0:
+        out.write_text(json.dumps(found), encoding="utf-8")
+    comm.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="500M,700M,1B")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
+    arguments, _ = parser.parse_known_args()  # the launcher adds --local_rank
+    if arguments.child:
+        child(arguments.config, arguments.child)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    worlds = [(1, 2), (2, 2)]  # hosts, ranks a host
+    names = arguments.models.split(",")
+    if arguments.short:
+        worlds, names = [(2, 2)], ["120M"]
+    zero = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10**6}
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in names:
+            parameters = harness.make_model(folder / name, MODELS[name])
+            for hosts, each in worlds:
+                for group in ("world", "node"):
+                    for separate in (False, True):
+                        if separate and (hosts == 1 or virtual.unavailable()):
+                            continue
+                        raw = write_run(folder, name, hosts * each, group, zero)
+                        prediction = predicted(raw, hosts, each)
+                        if separate:
+                            measured = on_separate_hosts(raw, folder, hosts, each)
+                        else:
+                            hostnames = [f"h{i // each}" for i in range(hosts * each)]
+                            measured = run_ranks(hosts * each, measure, raw, False, hosts=hostnames)[0]
+                        found = compare(measured, prediction, separate)
+                        about = {"model": name, "ranks": f"{hosts}x{each}", "shard_group": group}
+                        for row in found:
+                            harness.record("phases", {**about, "parameters": parameters, "separate": separate, **row})
+                        print(f"\n{about}, {parameters / 1e6:.0f} M parameters", "separate hosts" if separate else "")
+                        print(harness.table(found), flush=True)
+                        rows += found
+    far = [row for row in rows for key in row if key.endswith("ratio") and row[key] != "-" and abs(row[key] - 1) > 0.1]
+    print(f"\n{len(rows)} phases, {len(far)} ratios more than 10 % from 1")
+
+
+if __name__ == "__main__":
+    main()
