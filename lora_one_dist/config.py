@@ -7,6 +7,7 @@ reported, in one :class:`ConfigError`, each as value, rule and remedy.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -328,22 +329,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         value = f"--config {path}: holds {type(raw).__name__}"
         raise ConfigError([f"{value}, must hold groups such as 'model:'. Give the YAML of a run."])
-    problems = []
-    for override in overrides:
-        try:
-            _apply_override(raw, override)
-        except ValueError as error:
-            problems.append(str(error))
-    return parse_config(raw, problems)
+    return parse_config(raw, overrides)
 
 
-def parse_config(raw: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
-    """Check a mapping of groups.  Groups that are well-formed are checked against each other even if others are not.
+def parse_config(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check a mapping of groups, after ``key.sub=value`` overrides.  Groups that are well-formed are checked against each
+    other even if others are not.
 
     Raises:
         ConfigError: with every problem found, those passed in included.
     """
-    found = list(problems)
+    raw, found = copy.deepcopy(dict(raw)), []
+    for override in overrides:
+        try:
+            _apply_override(raw, override)
+        except ValueError as error:
+            found.append(str(error))
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

@@ -78,7 +78,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     Raises:
         ModelError: naming value, rule and remedy.
     """
-    skeleton = _skeleton(config, folder)
+    skeleton = build_skeleton(config, folder)
     targets = find_targets(skeleton, lora, rank_needed)
     files = weight_files(folder, config.allow_pickle)
     sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
@@ -87,7 +87,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     return Plan(folder, skeleton, targets, sources)
 
 
-def _skeleton(config: ModelConfig, folder: Path) -> Any:
+def build_skeleton(config: ModelConfig, folder: Path) -> Any:
     """The model with parameters on the meta device.  Raises ModelError if config.json describes none to train."""
     _refuse_kind(config, folder)
     try:

@@ -10,6 +10,7 @@ element, P parameters of the base, S ranks that share one copy of it, R ranks, H
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from lora_one_dist.spectral import FULL_BLOCKS, krylov_width
 
 BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
 FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
-SCALAR_BYTES = 1024  # of one small collective: a scalar, a checked object
+OFFLOAD = "ds_configs/zero3_offload.json"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
     ``step`` (one optimizer step).  Wire, operations and seconds of the first three are those of all layer groups.
     """
     tokens = config.train.micro_batch_size * config.data.max_length
-    memory = _memory(shape, config, cluster, tokens)
+    memory = _memory(shape, config, cluster)
     wire = _wire(shape, config, cluster)
     operations = _operations(shape, config, cluster, tokens)
     return Prediction(memory, wire, operations, _seconds(shape, config, cluster, wire, operations))
@@ -154,7 +155,7 @@ def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     return min(shape.parameters + shape.largest_block, kept_gathered(shape, zero) + ahead + 2 * shape.largest_block)
 
 
-def _memory(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, dict[str, int]]:
+def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
     """Terms in bytes:
 
     - ``base``         e P / S on the device (under ``offload_param`` in host memory: 0 here)
@@ -171,7 +172,7 @@ def _memory(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict
     - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
     """
     e, sharers = _element_size(config), _sharers(config, cluster)
-    zero = _zero(config)
+    zero, tokens = _zero(config), config.train.micro_batch_size * config.data.max_length
     on_gpu = cluster.backend == "nccl"
     offloaded = "offload_param" in zero and on_gpu
     several = config.deepspeed.stage == 3 and sharers > 1
@@ -385,25 +386,65 @@ def _seconds(
 
 
 def advice(shape: Shape, config: Config, cluster: Cluster, prediction: Prediction) -> list[str]:
-    """What to change where a phase does not fit into ``cluster.bytes_per_rank``, the largest gain first."""
-    found = []
-    for phase, terms in prediction.memory.items():
-        peak = sum(terms.values())
-        if peak <= cluster.bytes_per_rank:
+    """For each phase that does not fit into ``cluster.bytes_per_rank``: which settings, alone or together, make it fit."""
+    limit, found = cluster.bytes_per_rank, []
+    for phase in prediction.memory:
+        peak = prediction.peak(phase)
+        if peak <= limit:
             continue
-        remedies = {
-            "base": "more ranks, deepspeed.shard_group=world, or ds_configs/zero3_offload.json",
-            "gathered": "a smaller stage3_max_reuse_distance in the ZeRO JSON (more bytes on the wire)",
-            "owned": f"init.layer_groups={2 * config.init.layer_groups} or init.buffer=host",
-            "activations": "a smaller train.micro_batch_size, gradient checkpointing, or a smaller data.max_length",
-            "block_inputs": "a smaller train.micro_batch_size or a smaller data.max_length",
-            "adapters": "a smaller lora.r or fewer lora.target_modules",
-        }
-        largest = sorted((name for name in terms if name in remedies), key=lambda name: -terms[name])
-        helpful = [f"{name} {terms[name] / 1e9:.1f} GB: {remedies[name]}" for name in largest[:3] if terms[name]]
-        found.append(
-            f"{phase} needs {peak / 1e9:.1f} GB a rank, {cluster.bytes_per_rank / 1e9:.0f} GB are there. "
-            + "; ".join(helpful)
-            + "."
-        )
+        alone, together = _remedies(shape, config, cluster, phase)
+        start = f"{phase} needs {peak / 1e9:.1f} GB, {limit / 1e9:.0f} GB are there"
+        if alone:
+            found.append(f"{start}. One of these is enough: " + "; ".join(alone) + ".")
+        elif together and together[-1][1] <= limit:
+            found.append(f"{start}. Together enough: " + " ".join(text for text, _ in together) + ".")
+        else:
+            least = f"{together[-1][1] / 1e9:.1f} GB with {' '.join(text for text, _ in together)}" if together else ""
+            found.append(f"{start}. No setting is enough{f' ({least})' if least else ''}; give it more GPUs.")
     return found
+
+
+def _remedies(shape: Shape, config: Config, cluster: Cluster, phase: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """Settings that each make a phase fit; and settings in order, with the peak once they and those before are made."""
+
+    def peak(changed: Config) -> int:
+        return sum(_memory(shape, changed, cluster)[phase].values())
+
+    alone = [
+        fitting[0][0]
+        for family in _changes(config)
+        if (fitting := [change for change in family if peak(change[1]) <= cluster.bytes_per_rank])
+    ]
+    together: list[tuple[str, int]] = []
+    least = peak(config)
+    for place in range(len(_changes(config))):  # the same families of whatever config the last one left
+        text, changed = min(_changes(config)[place], key=lambda change: peak(change[1]), default=("", config))
+        if peak(changed) < least:
+            config, least = changed, peak(changed)
+            together.append((text, least))
+            if least <= cluster.bytes_per_rank:
+                break
+    return alone, together
+
+
+def _changes(config: Config) -> list[list[tuple[str, Config]]]:
+    """Settings that save memory, in families of which one is made, the cheapest first."""
+
+    def changed(group: str, **fields: Any) -> tuple[str, Config]:
+        text = " ".join(f"{group}.{name}={value}" for name, value in fields.items())
+        return text, config.model_copy(update={group: getattr(config, group).model_copy(update=fields)})
+
+    groups = config.init.layer_groups
+    return [
+        [changed("model", gradient_checkpointing="non_reentrant")],
+        [changed("init", layer_groups=groups * 2**i) for i in range(1, 7)],
+        [changed("init", buffer="host")],
+        [
+            changed("train", micro_batch_size=config.train.micro_batch_size // 2**i)
+            for i in range(1, 9)
+            if config.train.micro_batch_size >= 2**i
+        ],
+        [changed("deepspeed", shard_group="world")],
+        [changed("deepspeed", config=OFFLOAD)] if os.path.isfile(OFFLOAD) else [],
+        [changed("data", max_length=config.data.max_length // 2**i) for i in range(1, 4)],
+    ]

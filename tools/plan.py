@@ -1,0 +1,187 @@
+"""What will a run take?  Memory of each phase, bytes on the wire, operations and seconds, before anything is started.
+
+    python tools/plan.py --model meta-llama/Llama-3.1-8B --hosts 4 --ranks_per_host 8 --gpu_gb 80
+    python tools/plan.py --config launch/configs/mine.yaml --hosts 1 lora.r=64 train.micro_batch_size=4
+    python tools/plan.py --model tools/shapes/llama-3.3-70b --hosts 8 --ranks_per_host 4 --gpu_gb 40 data.max_length=4096
+    python tools/plan.py --table        the README's table: four models on three clusters
+
+Reads the model's config.json (a folder, that file, or a hub name) and no weights; the run's YAML, whose data need not be
+there, with overrides as for launch/train.py; and its ZeRO JSON.  Prints what does not fit and which settings make it fit.
+Exit code 0: all phases fit; 2: one does not; 1: the question makes no sense.
+
+tools/bench/phases.py holds memory, and the wire over gloo, against measurements.  What is said of NCCL, and every second,
+is a prediction: give your cluster's speeds for better ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
+
+from lora_one_dist import initialize, model, planner
+from lora_one_dist.config import Config, ConfigError, load_config, parse_config
+from lora_one_dist.convert import command
+
+ROOT = Path(__file__).resolve().parent.parent
+ELSEWHERE = "planned/elsewhere"  # data that need not be on this machine
+DOES_NOT_FIT = 2
+GB = 1e9
+TABLE_LENGTH = 4096
+SHAPES = ("llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-3.3-70b")
+CLUSTERS = ((1, 8), (4, 8), (8, 4))
+GPUS = (40, 80, 141)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--model", help="folder, config.json or hub name (the config's model.path)")
+    parser.add_argument("--config", type=Path, help="YAML of the run (defaults, bf16)")
+    parser.add_argument("--hosts", type=command.positive, default=1)
+    parser.add_argument("--ranks_per_host", type=command.positive, default=8)
+    parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes (80)")
+    parser.add_argument("--reserve_gb", type=float, default=4.0, help="of it for CUDA, NCCL and fragments (4)")
+    parser.add_argument(
+        "--tflops", type=float, default=400.0, help="bf16 speed that a GPU reaches, 10^12 a second (400)"
+    )
+    parser.add_argument("--inside_gbs", type=float, default=200.0, help="a rank's wire inside its host, GB/s (200)")
+    parser.add_argument("--between_gbs", type=float, default=25.0, help="a rank's wire between hosts, GB/s (25)")
+    parser.add_argument("--backend", choices=["nccl", "gloo"], default="nccl")
+    parser.add_argument("--table", action="store_true", help="print the README's table and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the YAML's")
+    return parser.parse_intermixed_args(argv)
+
+
+def settings_of(config: Path | None, model_path: str | None, overrides: list[str]) -> Config:
+    """The run's config; its data are taken to be on the cluster."""
+    given = []
+    if model_path:
+        given.append(f"model.path={model_path}")
+    if config is None:
+        raw: dict[str, Any] = {
+            "model": {"dtype": "bf16"},
+            "data": {"train": ELSEWHERE},
+            "train": {"max_steps": 1},
+            "deepspeed": {"config": str(ROOT / "ds_configs/zero3.json")},
+            "output_dir": "planned",
+        }
+        return parse_config(raw, given + overrides)
+    data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
+    given += [f"data.{key}={ELSEWHERE}" for key in ("train", "eval") if data.get(key)]
+    return load_config(config, given + overrides)
+
+
+def folder_of(path: str) -> Path:
+    """Where the model's config.json lies; of a hub name that file alone is fetched."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, "config.json")).parent
+
+
+def shape_of(settings: Config) -> planner.Shape:
+    """Raises model.ModelError as the run would."""
+    skeleton = model.build_skeleton(settings.model, folder_of(settings.model.path))
+    needed = initialize.singular_vectors_needed(settings.init.method, settings.lora.r)
+    targets = model.find_targets(skeleton, settings.lora, needed)
+    zero = settings.deepspeed.policy().get("zero_optimization", {})
+    return planner.shape_of(skeleton, targets, int(zero.get("stage3_param_persistence_threshold", 100_000)))
+
+
+def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster) -> list[str]:
+    """What the plan says, line by line."""
+    found = planner.predict(shape, settings, cluster)
+    train, data = settings.train, settings.data
+    lines = [
+        f"{settings.model.path}: {shape.parameters / 1e9:.2f} B parameters, {len(shape.targets)} target layers",
+        f"{settings.init.method}, r {settings.lora.r}: {settings.lora.r * shape.adapter / 1e6:.1f} M adapter parameters",
+        f"{cluster.hosts} x {cluster.ranks_per_host} ranks, stage {settings.deepspeed.stage}, shard_group "
+        f"{settings.deepspeed.shard_group}, micro-batch {train.micro_batch_size} x {data.max_length} tokens, global batch "
+        f"{train.global_batch_size}",
+        "",
+        f"{'memory of a rank':<18}{'GB':>7}  of {cluster.bytes_per_rank / GB:.0f}, by term",
+    ]
+    for phase, terms in found.memory.items():
+        fits = "" if found.peak(phase) <= cluster.bytes_per_rank else "  DOES NOT FIT"
+        named = ", ".join(
+            f"{name} {size / GB:.2f}" for name, size in sorted(terms.items(), key=lambda t: -t[1]) if size
+        )
+        lines.append(f"  {phase:<16}{found.peak(phase) / GB:>7.2f}  {named}{fits}")
+    lines += ["", f"{'a rank, predicted':<18}{'GB sent inside':>15}{'between hosts':>15}{'TFLOP':>11}{'seconds':>10}"]
+    for phase, seconds in found.seconds.items():
+        wire = found.wire.get(phase, planner.Wire()) * (1 / cluster.ranks / GB)
+        work = found.operations.get(phase, 0.0) / 1e12
+        lines.append(f"  {phase:<16}{wire.inside:>15.2f}{wire.between:>15.2f}{work:>11.1f}{seconds:>10.2f}")
+    tokens = train.global_batch_size * data.max_length
+    lines.append(f"  {tokens / found.seconds['step']:.0f} tokens a second over all ranks, if samples fill max_length")
+    return lines
+
+
+def table() -> list[str]:
+    """Peaks of four models on three clusters at the defaults, in Markdown."""
+    lines = [
+        "| model | hosts x GPUs | load | gradient | SVD | step | fits GPUs of | init s | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in SHAPES:
+        path = str(ROOT / "tools/shapes" / name)
+        settings = settings_of(None, path, [f"data.max_length={TABLE_LENGTH}"])
+        shape = shape_of(settings)
+        for hosts, each in CLUSTERS:
+            cluster = planner.Cluster(hosts, each)
+            found = planner.predict(shape, settings, cluster)
+            peaks = [found.peak(phase) / GB for phase in ("load", "gradient", "svd", "step")]
+            fits = []
+            for gpu in GPUS:
+                small = planner.Cluster(hosts, each, bytes_per_rank=(gpu - 4) * GB)
+                if max(peaks) * GB <= small.bytes_per_rank:
+                    fits.append(f"{gpu}")
+                elif not any("No setting" in line for line in planner.advice(shape, settings, small, found)):
+                    fits.append(f"({gpu})")
+            init = sum(found.seconds[phase] for phase in ("gradient", "svd", "broadcast"))
+            speed = settings.train.global_batch_size * TABLE_LENGTH / found.seconds["step"]
+            cells = [name, f"{hosts} x {each}", *(f"{peak:.1f}" for peak in peaks), ", ".join(fits) or "none"]
+            lines.append("| " + " | ".join([*cells, f"{init:.0f}", f"{speed:.0f}"]) + " |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.table:
+        print("\n".join(table()))
+        return 0
+    path = arguments.model
+    if path and Path(path).name == "config.json":
+        path = str(Path(path).parent)
+    if not path and not arguments.config:
+        print("--model or --config must say which model. Give one.", file=sys.stderr)
+        return 1
+    try:
+        settings = settings_of(arguments.config, path, arguments.overrides)
+        shape = shape_of(settings)
+    except (ConfigError, model.ModelError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    cluster = planner.Cluster(
+        arguments.hosts,
+        arguments.ranks_per_host,
+        bytes_per_rank=(arguments.gpu_gb - arguments.reserve_gb) * GB,
+        operations=arguments.tflops * 1e12,
+        inside=arguments.inside_gbs * GB,
+        between=arguments.between_gbs * GB,
+        backend=arguments.backend,
+    )
+    print("\n".join(report(shape, settings, cluster)))
+    problems = planner.advice(shape, settings, cluster, planner.predict(shape, settings, cluster))
+    print("\n" + ("\n".join(problems) if problems else "every phase fits"))
+    return DOES_NOT_FIT if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
