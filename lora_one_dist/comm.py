@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -457,6 +458,11 @@ def _group(ranks: tuple[int, ...]) -> Any:
 def num_hosts() -> int:
     """Number of hosts.  Not collective."""
     return len(set(_get_state().topology.host_of))
+
+
+def num_sharers(kind: str) -> int:
+    """The most ranks that share one copy of the base: all (``world``) or a host's (``node``).  Not collective."""
+    return world_size() if kind == "world" else max(Counter(_get_state().topology.host_of).values())
 
 
 def shard_group(kind: str) -> Any:

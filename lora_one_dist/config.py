@@ -238,7 +238,17 @@ class DeepSpeedConfig(_Group):
     @property
     def stage(self) -> int:
         """0: every rank holds the base; 3: the base is partitioned."""
-        return int(self.policy().get("zero_optimization", {}).get("stage", 0))
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The JSON's ``zero_optimization``."""
+        return self.policy().get("zero_optimization", {})
+
+    @property
+    def offloads(self) -> bool:
+        """Is the base kept in host memory?"""
+        return (self.zero.get("offload_param") or {}).get("device", "none") != "none"
 
 
 class CheckpointConfig(_Group):
@@ -333,23 +343,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Check a mapping of groups, after ``key.sub=value`` overrides.  Groups that are well-formed are checked against each
-    other even if others are not.
+    """Check a mapping of groups, after ``key.sub=value`` overrides.
+
+    Groups that are well-formed are checked against each other even if others are not.
 
     Raises:
-        ConfigError: with every problem found, those passed in included.
+        ConfigError: with every problem found.
     """
-    raw, found = copy.deepcopy(dict(raw)), []
+    settings, found = copy.deepcopy(dict(raw)), []
     for override in overrides:
         try:
-            _apply_override(raw, override)
+            _apply_override(settings, override)
         except ValueError as error:
             found.append(str(error))
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         found += list(dict.fromkeys(_describe(e) for e in error.errors()))
-        groups = _valid_groups(raw)
+        groups = _valid_groups(settings)
     else:
         groups = {name: getattr(config, name) for name in Config.model_fields}
     found += _cross_checks(groups)

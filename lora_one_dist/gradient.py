@@ -3,15 +3,17 @@
 In: the frozen base, a few weighted micro-batches, an owner map.  Out: on each owner, ``{name: G (m, n) fp32}``.
 All weights stay frozen.  On each target a forward hook passes the output through an autograd function that saves the
 layer's input (so both kinds of gradient checkpointing recompute it instead of holding it) and in backward forms
-``G = dY^T X``, which leaves for the owner at once while backward goes on.
+``G = dY^T X``, which leaves for the owner at once while backward goes on.  Blocks below the first target take part in
+the forward pass alone: of K layer groups the passes back are (K + 1) / 2 whole ones, not K.
 
 Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank: :mod:`lora_one_dist.planner`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,7 +23,7 @@ from torch import nn
 
 from lora_one_dist import comm, data
 from lora_one_dist.model import Target, dropout_off, loss_sum
-from lora_one_dist.sharding import Base
+from lora_one_dist.sharding import Base, blocks
 
 IN_FLIGHT = 2  # reductions that may be under way at once: hides the wire behind the next layer's backward
 
@@ -182,7 +184,7 @@ def full_gradient(
     buffer_device = torch.device("cpu") if buffer == "host" else comm.device()
     sums = _OwnerSums({target.name: owner for target, owner in zip(targets, owners, strict=True)}, buffer_device)
     loss = torch.zeros((), dtype=torch.float64)
-    with _hooks(base.module, sums), dropout_off(base.module):
+    with _hooks(base.module, sums), _backward_down_to(base.module, list(sums.owners)), dropout_off(base.module):
         for micro_batch in micro_batches:
             weighted = loss_sum(base.module, micro_batch.tensors) * micro_batch.weight
             weighted.backward()
@@ -209,6 +211,39 @@ class _hooks:  # noqa: N801 (used as a function)
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
+
+    transformers' hook on the embedding starts autograd's graph there; this one starts it at the block's input.
+    """
+    layers = {module.get_submodule(name) for name in names}
+    stack: list[Any] = blocks(module)
+    holding = [i for i, block in enumerate(stack) if layers & set(block.modules())]
+    inside = sum(len(layers & set(block.modules())) for block in stack)
+    below = stack[: holding[0]] if holding and inside == len(layers) else []
+    if not below:
+        yield
+        return
+    was_on = [getattr(block, "gradient_checkpointing", False) for block in below]
+    module.disable_input_require_grads()
+    handle = below[-1].register_forward_hook(_start_graph)
+    try:
+        for block in below:
+            block.gradient_checkpointing = False  # without a graph there is nothing to recompute
+        yield
+    finally:
+        handle.remove()
+        for block, on in zip(below, was_on, strict=True):
+            block.gradient_checkpointing = on
+        module.enable_input_require_grads()
+
+
+def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    hidden.requires_grad_(True)
 
 
 def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:

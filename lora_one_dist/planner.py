@@ -19,14 +19,20 @@ from lora_one_dist import ownership
 from lora_one_dist.config import COMPENSATED_METHODS, GRADIENT_METHODS, Config
 from lora_one_dist.gradient import IN_FLIGHT
 from lora_one_dist.initialize import singular_vectors_needed
-from lora_one_dist.model import Target
+from lora_one_dist.model import LOSS_BYTES, Target
 from lora_one_dist.optim import make_layout
 from lora_one_dist.sharding import SLAB_BYTES, blocks
 from lora_one_dist.spectral import FULL_BLOCKS, krylov_width
 
 BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
+LOSS_COPIES = 3  # of some rows of the logits in fp32, while the loss is taken
+GLOO_SEGMENT_BYTES = 2**20  # gloo's kMaxSegmentSize
 FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
+NEARLY = 1.02  # times the least peak that a setting can reach: good enough, where it costs less
 OFFLOAD = "ds_configs/zero3_offload.json"
+
+
+PHASES = ("load", "gradient", "gather weights", "svd", "broadcast", "step")
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def _sharers(config: Config, cluster: Cluster) -> int:
 
 
 def _zero(config: Config) -> Mapping[str, Any]:
-    return config.deepspeed.policy().get("zero_optimization", {})
+    return config.deepspeed.zero
 
 
 def _element_size(config: Config) -> int:
@@ -166,7 +172,7 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     - ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU)
     - ``block_inputs`` e T h (L + 1), with gradient checkpointing
     - ``activations``  the larger of T (16 e h + 5 e f) for one recomputed block (for all L without checkpointing), and
-                       the logits with their fp32 softmax and gradient, T V (2 e + 8 if e < 4 else 12)
+                       the logits, e T V, with a few rows of them in fp32 (LOSS_COPIES LOSS_BYTES)
     - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.spectral`)
     - ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
     - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
@@ -192,7 +198,8 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
         found["gradient"] = passes | gradient_terms(shape, config, cluster, tokens)
     if config.init.method != "lora":
         owned, largest_owned = _owned(shape, config, cluster)
-        held = 0 if config.init.buffer == "host" and on_gpu else 4 * _parts(config) * owned
+        on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
+        held = 4 * _parts(config) * (max(t.m * t.n for t in shape.targets) if on_host else owned)
         needed = singular_vectors_needed(config.init.method, r)
         krylov = max((krylov_bytes(target, needed) for target in largest_owned), default=0)
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
@@ -207,7 +214,7 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
 def _activations(shape: Shape, tokens: int, e: int, checkpointing: bool) -> dict[str, int]:
     at_once = 1 if checkpointing else shape.layers
     block = at_once * tokens * e * (16 * shape.hidden + 5 * shape.intermediate)
-    logits = tokens * shape.vocabulary * (2 * e + 8 if e < 4 else 12)
+    logits = e * tokens * shape.vocabulary + LOSS_COPIES * min(LOSS_BYTES, 4 * tokens * shape.vocabulary)
     inputs = e * tokens * shape.hidden * (shape.layers + 1) if checkpointing else 0
     return {"block_inputs": inputs, "activations": max(block, logits)}
 
@@ -250,10 +257,10 @@ def krylov_bytes(target: Target, r: int) -> int:
     return 4 * BLOCKS_EXPECTED * width * (2 * target.m + 3 * target.n)
 
 
-def ring(size: float, group: Iterable[int], ranks_per_host: int, rounds: float = 1.0) -> Wire:
-    """Each rank of the group sends (n - 1) / n of ``size`` to the next, ``rounds`` times."""
+def ring(size: float, group: Iterable[int], ranks_per_host: int, rounds: float | None = None) -> Wire:
+    """Each rank of a group of n sends a piece of ``size / n`` to the next, ``rounds`` times (n - 1 if not given)."""
     members = list(group)
-    sent = rounds * size * (len(members) - 1) / len(members)
+    sent = size / len(members) * (len(members) - 1 if rounds is None else rounds)
     wire = Wire()
     for rank, following in zip(members, members[1:] + members[:1], strict=True):
         same = rank // ranks_per_host == following // ranks_per_host
@@ -262,11 +269,19 @@ def ring(size: float, group: Iterable[int], ranks_per_host: int, rounds: float =
 
 
 def _to_owner(size: float, owner: int, cluster: Cluster) -> Wire:
-    """A reduction to one rank.  gloo: a ring reduce-scatter, then each sends its piece; NCCL: a chain."""
+    """A reduction to one rank.  NCCL: a chain.  gloo: around a ring in segments, then each rank sends its piece.
+
+    gloo (reduce.cc) goes around until all segments but two have passed, where n - 1 of n pieces would do: all ranks
+    together send a large tensor n + 1 times, not 2 (n - 1).
+    """
     ranks, each = range(cluster.ranks), cluster.ranks_per_host
     if cluster.backend != "gloo":
         return Wire(size * (cluster.ranks - cluster.hosts), size * (cluster.hosts - 1))
-    wire = ring(size, ranks, each)
+    if cluster.ranks == 1:
+        return Wire()
+    most = max(2 * cluster.ranks, -(-int(size) // GLOO_SEGMENT_BYTES))
+    segments = -(-most // cluster.ranks) * cluster.ranks
+    wire = ring(size, ranks, each, rounds=cluster.ranks * (segments - 2) / segments)
     for rank in ranks:
         piece = size / cluster.ranks if rank != owner else 0.0
         wire += Wire(piece, 0.0) if rank // each == owner // each else Wire(0.0, piece)
@@ -295,10 +310,19 @@ def _base_gathers(shape: Shape, config: Config, cluster: Cluster, times: float) 
     return sum((ring(size, group, cluster.ranks_per_host) for group in groups), Wire())
 
 
-def gathers_a_pass(shape: Shape, zero: Mapping[str, Any]) -> float:
-    """How often a forward and backward pass gathers the base: twice, but the embedding has no backward, and what is
-    kept for reuse is gathered once."""
-    return 2.0 - (shape.embedding + kept_gathered(shape, zero)) / shape.parameters if shape.parameters else 0.0
+def gathers_a_pass(shape: Shape, zero: Mapping[str, Any], below: float = 0.0) -> float:
+    """How often a forward and backward pass gathers the base.
+
+    Twice; but the embedding and the share ``below`` the first block that backward reaches have no backward, and what is
+    kept for reuse is gathered once.
+    """
+    again = 1.0 - below - (shape.embedding + kept_gathered(shape, zero)) / shape.parameters
+    return 1.0 + max(0.0, again)
+
+
+def _below(shape: Shape, group: Sequence[int]) -> float:
+    """Share of the parameters in the blocks below the first that holds one of these targets."""
+    return group[0] * shape.layers // len(shape.targets) * shape.largest_block / shape.parameters
 
 
 def _passes(samples: int, micro_batch_size: int, ranks: int) -> int:
@@ -310,7 +334,7 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     """Bytes sent by all ranks together, of one start and of one optimizer step."""
     found = {"load": Wire()}
     r, ranks, each = config.lora.r, cluster.ranks, cluster.ranks_per_host
-    a_pass = _base_gathers(shape, config, cluster, max(1.0, gathers_a_pass(shape, _zero(config))))
+    zero = _zero(config)
     costs = [float(target.m * target.n) for target in shape.targets]
     groups = ownership.split(costs, config.init.layer_groups)
     gradient, broadcast = Wire(), Wire()
@@ -320,7 +344,8 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     for group in groups:
         owners = ownership.assign([costs[i] for i in group], ranks)
         if config.init.method in GRADIENT_METHODS:
-            gradient += a_pass * passes
+            times = gathers_a_pass(shape, zero, _below(shape, group))
+            gradient += _base_gathers(shape, config, cluster, times * passes)
         for i, owner in zip(group, owners, strict=True):
             target = shape.targets[i]
             if config.init.method in GRADIENT_METHODS:
@@ -338,7 +363,8 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     reduce = Wire(inside * 4 * share * ranks, between * 4 * share * cluster.hosts)
     gather = Wire(inside * e * share * ranks, between * e * share * cluster.hosts)
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * ranks) or 1
-    found["step"] = a_pass * micro_batches + reduce + gather
+    times = micro_batches * gathers_a_pass(shape, zero)
+    found["step"] = _base_gathers(shape, config, cluster, times) + reduce + gather
     return found
 
 
@@ -350,22 +376,17 @@ def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> 
     )
     again = 1 if config.model.gradient_checkpointing != "none" else 0
     weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
-    found = {}
+    groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
+    parts, found = _parts(config), {}
     if config.init.method in GRADIENT_METHODS:
-        passes = _parts(config) * _passes(
-            -(-config.init.num_samples // _parts(config)), config.train.micro_batch_size, cluster.ranks
-        )
-        found["gradient"] = passes * (config.init.layer_groups * forward * (2 + again) + weights)
+        passes = parts * _passes(-(-config.init.num_samples // parts), config.train.micro_batch_size, cluster.ranks)
+        back = sum(1.0 - _below(shape, group) for group in groups)
+        found["gradient"] = passes * (forward * (len(groups) + (1 + again) * back) + weights)
     if config.init.method != "lora":
         needed = singular_vectors_needed(config.init.method, config.lora.r)
-        columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if _parts(config) == 2 else 1)
+        columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
         owned, _ = _owned(shape, config, cluster)
-        found["svd"] = (
-            4.0
-            * columns
-            * owned
-            * len(ownership.split([float(t.m * t.n) for t in shape.targets], config.init.layer_groups))
-        )
+        found["svd"] = 4.0 * columns * owned * len(groups)
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * cluster.ranks) or 1
     adapters = 6.0 * tokens * config.lora.r * shape.adapter
     found["step"] = micro_batches * (forward * (2 + again) + adapters)
@@ -377,7 +398,7 @@ def _seconds(
 ) -> dict[str, float]:
     """The longer of work and wire, phase by phase: as if they overlapped well."""
     found = {}
-    for phase in dict.fromkeys([*operations, *wire]):
+    for phase in (name for name in PHASES if name in operations or name in wire):
         speed = cluster.operations * (FP32_SHARE if phase == "svd" else 1.0)
         moved = wire.get(phase, Wire())
         on_wire = moved.inside / cluster.ranks / cluster.inside + moved.between / cluster.ranks / cluster.between
@@ -385,66 +406,82 @@ def _seconds(
     return found
 
 
-def advice(shape: Shape, config: Config, cluster: Cluster, prediction: Prediction) -> list[str]:
-    """For each phase that does not fit into ``cluster.bytes_per_rank``: which settings, alone or together, make it fit."""
+Change = tuple[str, dict[str, Any]]  # group of the config, and settings in it
+
+
+def advice(shape: Shape, config: Config, cluster: Cluster) -> list[str]:
+    """For each phase that does not fit into ``cluster.bytes_per_rank``: settings that make it, alone or together."""
     limit, found = cluster.bytes_per_rank, []
-    for phase in prediction.memory:
-        peak = prediction.peak(phase)
+    for phase, terms in _memory(shape, config, cluster).items():
+        peak = sum(terms.values())
         if peak <= limit:
             continue
-        alone, together = _remedies(shape, config, cluster, phase)
         start = f"{phase} needs {peak / 1e9:.1f} GB, {limit / 1e9:.0f} GB are there"
+        alone = _alone(shape, config, cluster, phase)
         if alone:
-            found.append(f"{start}. One of these is enough: " + "; ".join(alone) + ".")
-        elif together and together[-1][1] <= limit:
-            found.append(f"{start}. Together enough: " + " ".join(text for text, _ in together) + ".")
+            found.append(f"{start}. One of these is enough: " + "; ".join(map(_text, alone)) + ".")
+            continue
+        chosen, least = _together(shape, config, cluster, phase)
+        settings = " ".join(map(_text, chosen))
+        if least <= limit:
+            found.append(f"{start}. Together enough: {settings}.")
         else:
-            least = f"{together[-1][1] / 1e9:.1f} GB with {' '.join(text for text, _ in together)}" if together else ""
-            found.append(f"{start}. No setting is enough{f' ({least})' if least else ''}; give it more GPUs.")
+            most = f" ({least / 1e9:.1f} GB with {settings})" if chosen else ""
+            found.append(f"{start}. No setting is enough{most}; give it more GPUs.")
     return found
 
 
-def _remedies(shape: Shape, config: Config, cluster: Cluster, phase: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Settings that each make a phase fit; and settings in order, with the peak once they and those before are made."""
-
-    def peak(changed: Config) -> int:
-        return sum(_memory(shape, changed, cluster)[phase].values())
-
-    alone = [
-        fitting[0][0]
-        for family in _changes(config)
-        if (fitting := [change for change in family if peak(change[1]) <= cluster.bytes_per_rank])
-    ]
-    together: list[tuple[str, int]] = []
-    least = peak(config)
-    for place in range(len(_changes(config))):  # the same families of whatever config the last one left
-        text, changed = min(_changes(config)[place], key=lambda change: peak(change[1]), default=("", config))
-        if peak(changed) < least:
-            config, least = changed, peak(changed)
-            together.append((text, least))
-            if least <= cluster.bytes_per_rank:
-                break
-    return alone, together
+def _text(change: Change) -> str:
+    return " ".join(f"{change[0]}.{name}={value}" for name, value in change[1].items())
 
 
-def _changes(config: Config) -> list[list[tuple[str, Config]]]:
-    """Settings that save memory, in families of which one is made, the cheapest first."""
+def _with(config: Config, changes: Iterable[Change]) -> Config:
+    for group, fields in changes:
+        config = config.model_copy(update={group: getattr(config, group).model_copy(update=fields)})
+    return config
 
-    def changed(group: str, **fields: Any) -> tuple[str, Config]:
-        text = " ".join(f"{group}.{name}={value}" for name, value in fields.items())
-        return text, config.model_copy(update={group: getattr(config, group).model_copy(update=fields)})
 
-    groups = config.init.layer_groups
+def _changes(config: Config) -> list[list[Change]]:
+    """Settings that save memory, in families of which one is made; families and their members the cheapest first."""
+    size, length, groups = config.train.micro_batch_size, config.data.max_length, config.init.layer_groups
     return [
-        [changed("model", gradient_checkpointing="non_reentrant")],
-        [changed("init", layer_groups=groups * 2**i) for i in range(1, 7)],
-        [changed("init", buffer="host")],
-        [
-            changed("train", micro_batch_size=config.train.micro_batch_size // 2**i)
-            for i in range(1, 9)
-            if config.train.micro_batch_size >= 2**i
-        ],
-        [changed("deepspeed", shard_group="world")],
-        [changed("deepspeed", config=OFFLOAD)] if os.path.isfile(OFFLOAD) else [],
-        [changed("data", max_length=config.data.max_length // 2**i) for i in range(1, 4)],
+        [("model", {"gradient_checkpointing": "non_reentrant"})],
+        [("init", {"layer_groups": groups * 2**i}) for i in range(1, 7)],
+        [("init", {"buffer": "host"})],
+        [("train", {"micro_batch_size": size // 2**i}) for i in range(1, size.bit_length())],
+        [("deepspeed", {"shard_group": "world"})],
+        [("deepspeed", {"config": OFFLOAD})] if os.path.isfile(OFFLOAD) else [],
+        [("data", {"max_length": length // 2**i}) for i in range(1, 4)],
     ]
+
+
+def _alone(shape: Shape, config: Config, cluster: Cluster, phase: str) -> list[Change]:
+    """Of each family the cheapest change that is enough by itself."""
+    found = []
+    for family in _changes(config):
+        enough = [c for c in family if _peak(shape, _with(config, [c]), cluster, phase) <= cluster.bytes_per_rank]
+        found += enough[:1]
+    return found
+
+
+def _together(shape: Shape, config: Config, cluster: Cluster, phase: str) -> tuple[list[Change], int]:
+    """Changes of several families, none of them idle, and the peak with all of them."""
+    limit = cluster.bytes_per_rank
+
+    def peak(changes: list[Change]) -> int:
+        return _peak(shape, _with(config, changes), cluster, phase)
+
+    chosen: list[Change] = []
+    for family in _changes(config):
+        best = min((peak([*chosen, change]) for change in family), default=peak(chosen))
+        if best < peak(chosen) > limit:
+            chosen.append(next(c for c in family if peak([*chosen, c]) <= NEARLY * best))
+    for change in list(chosen):
+        fewer = [c for c in chosen if c != change]
+        if peak(fewer) <= max(limit, peak(chosen)):
+            chosen = fewer
+    return chosen, peak(chosen)
+
+
+def _peak(shape: Shape, config: Config, cluster: Cluster, phase: str) -> int:
+    return sum(_memory(shape, config, cluster)[phase].values())

@@ -187,7 +187,10 @@ def _open_record(config: Config, read: Inputs, found: checkpoint.Found | None) -
 def _introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     plan, train = read.plan, read.train
     shared_by = "the ranks" if config.deepspeed.shard_group == "world" else "the ranks of each host"
-    where = f"partitioned over {shared_by} (ZeRO-3)" if config.deepspeed.stage == 3 else "on every rank (stage 0)"
+    where = f"partitioned over {shared_by} (ZeRO-3)"
+    if not model.is_partitioned(config.deepspeed):
+        alone = "nobody to share it with" if config.deepspeed.stage == 3 else "stage 0"
+        where = f"whole on every rank ({alone})"
     how = "each rank reads its own slices" if plan.sources is not None else "from_pretrained: tensor names differ"
     launch, hosts = comm.launch(), comm.num_hosts()
     on = "1 host" if hosts == 1 else f"{hosts} hosts"

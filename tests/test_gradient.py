@@ -95,3 +95,31 @@ def test_gradient_equals_single_process(case, model_folder):
     worst = max((reference.relative(G, truth[name]), name) for owned, _ in results for name, G in owned.items())
     assert worst[0] <= TOLERANCE, worst
     assert all(abs(loss - true_loss) <= 1e-6 for _, losses in results for loss in losses)
+
+
+def blocks_with_a_graph(folder, checkpointing: str, first: int):
+    """Runs on a rank: which blocks' outputs need a gradient while targets from block ``first`` on are captured."""
+    from lora_one_dist import gradient, sharding
+
+    base, targets = load_base(folder, "zero3", checkpointing)
+    layers = [target for target in targets if int(target.name.split(".")[2]) >= first]
+    (batch,) = gradient.deal_micro_batches(models.samples(1), 1, "token", 1, pad_token_id=0)
+    found = []
+    handles = [
+        block.register_forward_hook(lambda _, __, output: found.append(output.requires_grad))
+        for block in sharding.blocks(base.module)
+    ]
+    gradient.full_gradient(base, layers, [0] * len(layers), batch, "device")
+    for handle in handles:
+        handle.remove()
+    embedded = base.module.get_input_embeddings()(torch.tensor([[3]]))
+    return found[: len(handles)], embedded.requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
+def test_backward_ends_at_the_first_block_of_the_group(checkpointing, model_folder):
+    for first in (0, 2, 3):
+        (with_graph, embedded) = run_ranks(1, blocks_with_a_graph, model_folder("llama"), checkpointing, first)[0]
+        # The block below the first has no graph of its own: its output is where the graph starts.
+        assert with_graph == [block >= first - 1 for block in range(4)]
+        assert embedded, "training starts at the embedding again"

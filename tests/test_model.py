@@ -399,7 +399,11 @@ def sharded(folder, shard_group):
     planned = model.plan(Path(folder), settings, LoraConfig(r=4), 4)
     deepspeed = models.deepspeed_config("zero3", shard_group, stage3_param_persistence_threshold=600)
     base = model.load(settings, deepspeed, planned, 1)
-    held = [(parameter.ds_tensor.numel(), parameter.ds_numel) for parameter in base.module.parameters()]
+    parameters = list(base.module.parameters())
+    if base.partitioned:
+        held = [(parameter.ds_tensor.numel(), parameter.ds_numel) for parameter in parameters]
+    else:  # every host has one rank: there is nobody to share with
+        held = [(parameter.numel(), parameter.numel()) for parameter in parameters]
     with torch.no_grad():
         return held, base.module.eval()(input_ids=ids()).logits, base.copies
 
@@ -433,6 +437,41 @@ def test_base_whose_names_do_not_map_is_not_sharded_inside_hosts(model_folder, t
     model.check_loadable(renamed, "world")
     with pytest.raises(ModelError, match=r"shard_group = node: needs .* one by one, but .* Use shard_group: world, or"):
         model.check_loadable(renamed, "node")
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7, 100])
+def test_loss_and_its_gradient_equal_autograds(dtype, rows_at_once, monkeypatch):
+    monkeypatch.setattr(model, "LOSS_BYTES", 4 * 50 * rows_at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(7, 50, generator=generator)).to(dtype)
+    labels = torch.tensor([3, -100, 0, 49, -100, 7, 7])
+    truth = logits.double().requires_grad_()
+    torch.nn.functional.cross_entropy(truth, labels, reduction="sum").mul(0.25).backward()
+    leaf = logits.clone().requires_grad_()
+    loss = model._CrossEntropySum.apply(leaf.clone(), labels)  # as the model's own: not a leaf
+    (gradient,) = torch.autograd.grad(0.25 * loss, leaf)
+    exact = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    # Elements of at most 1, rounded once to the logits' type (bf16: to 2^-9 of themselves); times 0.25 is exact.
+    assert (gradient - truth.grad).abs().max() <= 0.25 * (2**-9 if dtype == torch.bfloat16 else 1e-6)
+    assert gradient.dtype == dtype
+    assert not gradient[1].any(), "no target, no gradient"
+
+
+def test_loss_of_no_target_is_zero_and_evaluation_leaves_the_logits():
+    logits = torch.randn(3, 5)
+    kept, labels = logits.clone(), torch.full((3,), -100)
+    leaf = logits.clone().requires_grad_()
+    loss = model._CrossEntropySum.apply(leaf.clone(), labels)
+    assert loss.item() == 0
+    assert not torch.autograd.grad(loss, leaf)[0].any()
+    with torch.no_grad():
+        model._CrossEntropySum.apply(logits, torch.tensor([0, 1, 4]))
+    assert torch.equal(logits, kept)
 
 
 # Forward passes -------------------------------------------------------------------------------------------------------

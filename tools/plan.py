@@ -2,15 +2,15 @@
 
     python tools/plan.py --model meta-llama/Llama-3.1-8B --hosts 4 --ranks_per_host 8 --gpu_gb 80
     python tools/plan.py --config launch/configs/mine.yaml --hosts 1 lora.r=64 train.micro_batch_size=4
-    python tools/plan.py --model tools/shapes/llama-3.3-70b --hosts 8 --ranks_per_host 4 --gpu_gb 40 data.max_length=4096
+    python tools/plan.py --model tools/shapes/llama-3.3-70b --hosts 4 --gpu_gb 40 data.max_length=4096
     python tools/plan.py --table        the README's table: four models on three clusters
 
-Reads the model's config.json (a folder, that file, or a hub name) and no weights; the run's YAML, whose data need not be
-there, with overrides as for launch/train.py; and its ZeRO JSON.  Prints what does not fit and which settings make it fit.
-Exit code 0: all phases fit; 2: one does not; 1: the question makes no sense.
+Reads the model's config.json (a folder, that file, or a hub name) and no weights; the run's YAML, whose data need not
+be there, with overrides as for launch/train.py; and its ZeRO JSON.  Prints what does not fit and which settings make it
+fit.  Exit code 0: all phases fit; 2: one does not; 1: the question makes no sense.
 
-tools/bench/phases.py holds memory, and the wire over gloo, against measurements.  What is said of NCCL, and every second,
-is a prediction: give your cluster's speeds for better ones.
+tools/bench/phases.py holds memory, and the wire over gloo, against measurements.  What is said of NCCL, and every
+second, is a prediction: give your cluster's speeds for better ones.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def settings_of(config: Path | None, model_path: str | None, overrides: list[str
             "output_dir": "planned",
         }
         return parse_config(raw, given + overrides)
-    data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
+    try:
+        data = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("data") or {}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        data = {}  # load_config says what is wrong
     given += [f"data.{key}={ELSEWHERE}" for key in ("train", "eval") if data.get(key)]
     return load_config(config, given + overrides)
 
@@ -90,8 +93,8 @@ def shape_of(settings: Config) -> planner.Shape:
     skeleton = model.build_skeleton(settings.model, folder_of(settings.model.path))
     needed = initialize.singular_vectors_needed(settings.init.method, settings.lora.r)
     targets = model.find_targets(skeleton, settings.lora, needed)
-    zero = settings.deepspeed.policy().get("zero_optimization", {})
-    return planner.shape_of(skeleton, targets, int(zero.get("stage3_param_persistence_threshold", 100_000)))
+    threshold = int(settings.deepspeed.zero.get("stage3_param_persistence_threshold", 100_000))
+    return planner.shape_of(skeleton, targets, threshold)
 
 
 def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster) -> list[str]:
@@ -100,10 +103,10 @@ def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster) -> 
     train, data = settings.train, settings.data
     lines = [
         f"{settings.model.path}: {shape.parameters / 1e9:.2f} B parameters, {len(shape.targets)} target layers",
-        f"{settings.init.method}, r {settings.lora.r}: {settings.lora.r * shape.adapter / 1e6:.1f} M adapter parameters",
+        f"{settings.init.method}, r {settings.lora.r}: {settings.lora.r * shape.adapter / 1e6:.1f} M in the adapters",
         f"{cluster.hosts} x {cluster.ranks_per_host} ranks, stage {settings.deepspeed.stage}, shard_group "
-        f"{settings.deepspeed.shard_group}, micro-batch {train.micro_batch_size} x {data.max_length} tokens, global batch "
-        f"{train.global_batch_size}",
+        f"{settings.deepspeed.shard_group}, micro-batch {train.micro_batch_size} x {data.max_length} tokens, "
+        f"global batch {train.global_batch_size}",
         "",
         f"{'memory of a rank':<18}{'GB':>7}  of {cluster.bytes_per_rank / GB:.0f}, by term",
     ]
@@ -142,7 +145,7 @@ def table() -> list[str]:
                 small = planner.Cluster(hosts, each, bytes_per_rank=(gpu - 4) * GB)
                 if max(peaks) * GB <= small.bytes_per_rank:
                     fits.append(f"{gpu}")
-                elif not any("No setting" in line for line in planner.advice(shape, settings, small, found)):
+                elif not any("No setting" in line for line in planner.advice(shape, settings, small)):
                     fits.append(f"({gpu})")
             init = sum(found.seconds[phase] for phase in ("gradient", "svd", "broadcast"))
             speed = settings.train.global_batch_size * TABLE_LENGTH / found.seconds["step"]
@@ -156,7 +159,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.table:
         print("\n".join(table()))
         return 0
-    path = arguments.model
+    path, room = arguments.model, arguments.gpu_gb - arguments.reserve_gb
+    if room <= 0:
+        print(
+            f"--gpu_gb {arguments.gpu_gb:g} with --reserve_gb {arguments.reserve_gb:g}: leaves nothing. Correct them.",
+            file=sys.stderr,
+        )
+        return 1
     if path and Path(path).name == "config.json":
         path = str(Path(path).parent)
     if not path and not arguments.config:
@@ -171,14 +180,14 @@ def main(argv: list[str] | None = None) -> int:
     cluster = planner.Cluster(
         arguments.hosts,
         arguments.ranks_per_host,
-        bytes_per_rank=(arguments.gpu_gb - arguments.reserve_gb) * GB,
+        bytes_per_rank=room * GB,
         operations=arguments.tflops * 1e12,
         inside=arguments.inside_gbs * GB,
         between=arguments.between_gbs * GB,
         backend=arguments.backend,
     )
     print("\n".join(report(shape, settings, cluster)))
-    problems = planner.advice(shape, settings, cluster, planner.predict(shape, settings, cluster))
+    problems = planner.advice(shape, settings, cluster)
     print("\n" + ("\n".join(problems) if problems else "every phase fits"))
     return DOES_NOT_FIT if problems else 0
 

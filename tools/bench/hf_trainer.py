@@ -3,7 +3,8 @@
     deepspeed --hostfile ... tools/bench/hf_trainer.py MODEL_FOLDER ZERO_JSON STEPS OUT_JSONL \
         [R SAVE_STEPS TOKENS CHECKPOINTING]
 
-One line of OUT_JSONL per step, with its seconds, and, if it saves, one per checkpoint with its, as of rank 0.
+One line of OUT_JSONL per step, with its seconds and peak memory, and, if it saves, one per checkpoint with its, as of
+rank 0.
 CHECKPOINTING: none, reentrant or non_reentrant.  Micro-batch 1.
 """
 
@@ -23,6 +24,10 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in lora_one
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lora_one_dist import metrics
+
 
 class Lines(TrainerCallback):
     def __init__(self, path: Path):
@@ -38,6 +43,8 @@ class Lines(TrainerCallback):
         if state.is_world_process_zero and "loss" in (logs or {}):
             with self.path.open("a") as file:
                 line = {"step": state.global_step, "loss": logs["loss"], "step_seconds": self.seconds}
+                line["peak_bytes"] = metrics.peak_bytes()
+                metrics.reset_peak_bytes()  # what comes before a step is not its own
                 file.write(json.dumps(line) + "\n")
 
 

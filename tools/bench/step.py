@@ -6,7 +6,8 @@
 
 Both train adapters of the same rank on all linear layers with AdamW, fp32 on a CPU and bf16 on a GPU, the same ZeRO
 JSON, micro-batch 1, every sample of the same length; each is started by deepspeed, alternately.  Seconds are those of
-the median step of a run, without the first ones.  The preconditioner is timed by itself, on the adapters of the same
+the median step of a run, without the first ones; memory is the peak while training, of a GPU's allocator or else of the
+process (resident, imports included).  The preconditioner is timed by itself, on the adapters of the same
 model and one rank's share of them, and compared with the step.
 """
 
@@ -21,7 +22,6 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import yaml
@@ -51,13 +51,15 @@ def launch(log: Path, ranks: int, *command: object) -> None:
         raise SystemExit(f"{command[0]} failed:\n{log.read_text()[-3000:]}")
 
 
-def step_seconds(lines: Path) -> float:
-    """Of the median step after the first ones."""
+def read_steps(lines: Path, peaks: list[int]) -> float:
+    """Seconds of the median step after the first ones; the largest memory is added to ``peaks``."""
     rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-    return median([row["step_seconds"] for row in rows if "step_seconds" in row][WARM:])
+    steps = [row for row in rows if "step_seconds" in row][WARM:]
+    peaks.append(max(row["peak_bytes"] for row in steps))
+    return median(row["step_seconds"] for row in steps)
 
 
-def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str, **optim: Any) -> float:
+def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str, peaks: list[int]) -> float:
     """Seconds of a step of a run of ours."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
@@ -73,7 +75,7 @@ def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpoin
             "data": {"train": str(scratch / "train.jsonl"), "format": "text", "max_length": length},
             "lora": {"r": R, "alpha": ALPHA},
             "init": {"method": "lora"},
-            "optim": {"lr": 1e-4, **optim},
+            "optim": {"lr": 1e-4},
             "train": {"max_steps": steps, "micro_batch_size": 1, "global_batch_size": ranks},
             "deepspeed": {"config": zero},
             "checkpoint": {"steps": 0},
@@ -81,16 +83,18 @@ def ours(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpoin
         }
         (scratch / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         launch(folder / "ours.log", ranks, "launch/train.py", "--config", scratch / "config.yaml")
-        return step_seconds(scratch / "run" / "metrics.jsonl")
+        return read_steps(scratch / "run" / "metrics.jsonl", peaks)
 
 
-def hf_trainer(folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str) -> float:
+def hf_trainer(
+    folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str, peaks: list[int]
+) -> float:
     """Seconds of a step of HF Trainer + PEFT."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         lines = Path(name) / "hf.jsonl"
         arguments = [folder / "model", zero, steps, lines, R, 0, length, checkpointing]
         launch(folder / "hf.log", ranks, "tools/bench/hf_trainer.py", *arguments)
-        return step_seconds(lines)
+        return read_steps(lines, peaks)
 
 
 def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dict[str, list[float]]:
@@ -140,15 +144,19 @@ def main() -> None:
         for stage in arguments.stages.split(","):
             for checkpointing in arguments.checkpointing.split(","):
                 common = (folder, ranks, arguments.steps, length, JSONS[stage], checkpointing)
-                work = {"ours": partial(ours, *common), "HF Trainer": partial(hf_trainer, *common)}
+                peaks: dict[str, list[int]] = {"ours": [], "HF Trainer": []}
+                runs = {"ours": ours, "HF Trainer": hf_trainer}
+                work = {name: partial(run, *common, peaks[name]) for name, run in runs.items()}
                 seconds = harness.alternate(work, arguments.rounds)
                 ratio = harness.paired_ratio(seconds["HF Trainer"], seconds["ours"])
                 row = {"stage": stage, "checkpointing": checkpointing}
                 measured = {name: harness.summary(values) for name, values in seconds.items()}
                 details = {"parameters": parameters, "ranks": ranks, "length": length, "seconds": measured}
+                details["peak_bytes"] = peaks
                 harness.record("step", {**row, **details, "times_faster": ratio})
                 speeds = {f"{name} tokens/s": ranks * length / m["median"] for name, m in measured.items()}
-                rows.append({**row, **speeds, "ratio": ratio})
+                sizes = {f"{name} peak MiB": max(values) / 2**20 for name, values in peaks.items()}
+                rows.append({**row, **speeds, "ratio": ratio, **sizes})
                 step = step or measured["ours"]["median"]
         print(harness.table(rows))
         shares = []
