@@ -217,7 +217,7 @@ class _hooks:  # noqa: N801 (used as a function)
 def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
     """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
 
-    transformers' hook on the embedding starts autograd's graph there; this one starts it at the block's input.
+    transformers' hooks on the embedding start autograd's graph there; these start it at the block's input instead.
     """
     layers = {module.get_submodule(name) for name in names}
     stack: list[Any] = blocks(module)
@@ -228,17 +228,19 @@ def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
         yield
         return
     was_on = [getattr(block, "gradient_checkpointing", False) for block in below]
-    module.disable_input_require_grads()
-    handle = below[-1].register_forward_hook(_start_graph)
+    handles = [
+        module.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: output.detach()),
+        below[-1].register_forward_hook(_start_graph),
+    ]
     try:
         for block in below:
             block.gradient_checkpointing = False  # without a graph there is nothing to recompute
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for block, on in zip(below, was_on, strict=True):
             block.gradient_checkpointing = on
-        module.enable_input_require_grads()
 
 
 def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
