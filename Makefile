@@ -32,6 +32,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/svd.py --short
 	$(BIN)/python tools/bench/init.py --short
 	$(BIN)/python tools/bench/step.py --short
+	$(BIN)/python tools/bench/phases.py --short
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
