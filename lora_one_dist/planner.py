@@ -21,7 +21,7 @@ from lora_one_dist.gradient import IN_FLIGHT
 from lora_one_dist.initialize import singular_vectors_needed
 from lora_one_dist.model import LOSS_BYTES, Target
 from lora_one_dist.optim import make_layout
-from lora_one_dist.sharding import SLAB_BYTES, blocks
+from lora_one_dist.sharding import REUSE_DISTANCE, SLAB_BYTES, blocks, with_fetch_sizes
 from lora_one_dist.spectral import FULL_BLOCKS, krylov_width
 
 BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
@@ -150,13 +150,14 @@ def _element_size(config: Config) -> int:
 
 def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     """Elements that ZeRO-3 keeps from forward to backward: ``stage3_max_reuse_distance`` of them (measured)."""
-    return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", 10**9)))
+    return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)))
 
 
 def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     """Elements that ZeRO-3 holds whole at one time: what it keeps for reuse, what it fetches ahead (to the end of a
     tensor), and twice a block: the flat buffer of its gathering and the tensors cut from it."""
-    bucket = min(zero.get("stage3_prefetch_bucket_size", 5 * 10**7), zero.get("stage3_max_live_parameters", 10**9))
+    zero = with_fetch_sizes(zero, shape.largest_block)
+    bucket = min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"])
     ahead = int(bucket) + shape.largest_tensor if bucket else 0
     return min(shape.parameters + shape.largest_block, kept_gathered(shape, zero) + ahead + 2 * shape.largest_block)
 

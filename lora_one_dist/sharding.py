@@ -6,7 +6,9 @@ over the ranks and gathers layer by layer.  The base is frozen, so no DeepSpeed 
 
 A transformer block is gathered and released as a whole (unless it alone exceeds ``stage3_max_live_parameters``):
 DeepSpeed's hooks around every inner module cost a fifth of a forward and backward pass, and its record of a pass takes
-time in the square of the modules it follows.
+time in the square of the modules it follows.  DeepSpeed fetches ahead only when a module begins, so where the ZeRO JSON
+leaves it open it fetches a whole block ahead (:func:`with_fetch_sizes`): less would leave the rest of the next block's
+gathering without work to hide behind.
 
 Memory per rank, stage 3: ``bytes(base) / world_size``, plus the blocks gathered at one time, plus a second, whole copy
 of the parameters below ``stage3_param_persistence_threshold``.
@@ -51,7 +53,8 @@ def _partitioned_parameters(module: nn.Module, recurse: bool = False) -> list[tu
 
 coordinator.get_all_parameters = _partitioned_parameters
 
-MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
+REUSE_DISTANCE = 10**9  # DeepSpeed's default of stage3_max_reuse_distance
+LIVE_BLOCKS = 3  # the one at work, the one fetched ahead, and the one just released
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
 
 
@@ -181,12 +184,27 @@ def load_pretrained(build: Callable[[], nn.Module], ds_config: dict | None) -> B
 
 
 def _initialize(model: nn.Module, ds_config: dict[str, Any], copies: int) -> Base:
-    largest = ds_config["zero_optimization"].get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
-    for block in blocks(model):
-        parameters: list[Any] = list(block.parameters())
-        set_z3_leaf_module(block, sum(parameter.ds_numel for parameter in parameters) <= largest)
+    stack = [(block, sum(parameter.ds_numel for parameter in _parameters(block))) for block in blocks(model)]
+    zero = with_fetch_sizes(ds_config["zero_optimization"], max((size for _, size in stack), default=0))
+    ds_config = {**ds_config, "zero_optimization": zero}
+    for block, size in stack:
+        set_z3_leaf_module(block, size <= zero["stage3_max_live_parameters"])
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
     return Base(engine.module, copies, engine)
+
+
+def _parameters(module: nn.Module) -> list[Any]:
+    return list(module.parameters())
+
+
+def with_fetch_sizes(zero: Mapping[str, Any], largest_block: int) -> dict[str, Any]:
+    """``zero_optimization`` and what it leaves open, in elements, for a model with blocks of so many.  Pure."""
+    kept = int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
+    return {
+        "stage3_prefetch_bucket_size": largest_block,
+        "stage3_max_live_parameters": kept + LIVE_BLOCKS * largest_block,
+        **zero,
+    }
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -37,13 +37,18 @@ CASES = [
 
 
 def load_base(
-    folder: Path, zero_json: str, checkpointing: str = "non_reentrant", r: int = 4, shard_group: str = "world"
+    folder: Path,
+    zero_json: str,
+    checkpointing: str = "non_reentrant",
+    r: int = 4,
+    shard_group: str = "world",
+    **zero: object,
 ):
     """Base and targets on this rank, with a persistence threshold that some weights lie below and some above."""
     from lora_one_dist import config, model
 
     settings = config.ModelConfig(path=str(folder), dtype="fp32", gradient_checkpointing=checkpointing)
-    deepspeed = models.deepspeed_config(zero_json, shard_group, stage3_param_persistence_threshold=600)
+    deepspeed = models.deepspeed_config(zero_json, shard_group, stage3_param_persistence_threshold=600, **zero)
     plan = model.plan(folder, settings, config.LoraConfig(r=r), r)
     assert plan.sources is not None, "the sliced road must be taken"
     return model.load(settings, deepspeed, plan, 1), plan.targets

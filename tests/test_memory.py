@@ -90,7 +90,7 @@ def load_and_differentiate(raw: dict):
 
 @pytest.mark.parametrize(("world_size", "groups", "parts"), [(2, 1, 1), (2, 3, 2), (4, 1, 2), (4, 3, 1)])
 def test_peak_memory(world_size, groups, parts, large_folder, tmp_path):
-    zero = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 1_000_000}
+    zero = {"stage3_max_reuse_distance": 0}
     stock = json.loads(Path("ds_configs/zero3.json").read_text())["zero_optimization"]
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {**stock, **zero}}))
     raw = config_of(large_folder, groups, parts == 2, tmp_path / "zero.json")

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lora_one_dist import sharding, weights
+from tests import models
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -88,3 +90,31 @@ def test_shipped_policies_hold_memory_policy_only(path):
     assert full["bf16"] == {"enabled": True}
     assert full["train_micro_batch_size_per_gpu"] == 3
     assert policy == json.loads(path.read_text()), "the policy itself is left alone"
+
+
+def test_a_whole_block_is_fetched_ahead_unless_the_json_says_otherwise():
+    found = sharding.with_fetch_sizes({"stage": 3, "stage3_max_reuse_distance": 100}, 1000)
+    assert found["stage3_prefetch_bucket_size"] == 1000
+    assert found["stage3_max_live_parameters"] >= 100 + 2 * 1000, "room for what is kept, at work and fetched ahead"
+    given = {"stage": 3, "stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": 8}
+    assert sharding.with_fetch_sizes(given, 1000) == given
+
+
+def released_as_a_whole(folder, limit):
+    """Runs on a rank: which blocks DeepSpeed treats as one, and what it was told."""
+    from tests.test_gradient import load_base
+
+    more = {} if limit is None else {"stage3_max_live_parameters": limit}
+    base, _ = load_base(folder, "zero3", **more)
+    coordinator = base.engine.optimizer.get_param_coordinator()
+    fetched = coordinator._PartitionedParameterCoordinator__prefetch_bucket_sz
+    return [block._z3_leaf for block in sharding.blocks(base.module)], fetched
+
+
+def test_blocks_above_the_limit_of_the_json_are_gathered_part_by_part(model_folder):
+    sizes = [sum(p.numel() for p in block.parameters()) for block in sharding.blocks(models.llama())]
+    whole, fetched = run_ranks(2, released_as_a_whole, model_folder("llama"), None)[0]
+    assert whole == [True] * 4
+    assert fetched == max(sizes)
+    parts, _ = run_ranks(2, released_as_a_whole, model_folder("llama"), max(sizes) - 1)[0]
+    assert parts == [False] * 4
