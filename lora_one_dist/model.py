@@ -444,6 +444,9 @@ def load(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name does not exist in transformers 5.17
             base.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        last: Any
+        for last in sharding.blocks(base.module)[-1:]:
+            last.gradient_checkpointing = False  # backward begins with it: it would be computed again at once
     base.module.enable_input_require_grads()  # every weight is frozen: the graph must start somewhere
     return base
 

@@ -154,12 +154,15 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
 
 
 def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
-    """Elements that ZeRO-3 holds whole at one time: what it keeps for reuse, what it fetches ahead (to the end of a
-    tensor), and twice a block: the flat buffer of its gathering and the tensors cut from it."""
+    """Elements that ZeRO-3 holds whole at one time.
+
+    What it keeps for reuse; and a block and what is fetched ahead, to the end of a tensor, twice: as the flat buffer of a
+    gathering and as the tensors cut from it.
+    """
     zero = with_fetch_sizes(zero, shape.largest_block)
-    bucket = min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"])
-    ahead = int(bucket) + shape.largest_tensor if bucket else 0
-    return min(shape.parameters + shape.largest_block, kept_gathered(shape, zero) + ahead + 2 * shape.largest_block)
+    bucket = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
+    once = shape.largest_block + (bucket + shape.largest_tensor if bucket else 0)
+    return min(shape.parameters + once, kept_gathered(shape, zero) + 2 * once)
 
 
 def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
@@ -172,8 +175,8 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     - ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner (0 on one rank)
     - ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU)
     - ``block_inputs`` e T h (L + 1), with gradient checkpointing
-    - ``activations``  the larger of T (16 e h + 5 e f) for one recomputed block (for all L without checkpointing), and
-                       the logits, e T V, with a few rows of them in fp32 (LOSS_COPIES LOSS_BYTES)
+    - ``activations``  T (16 e h + 5 e f) for the last or a recomputed block (for all L without checkpointing)
+    - ``logits``       e T V, and a few rows of them in fp32 (LOSS_COPIES LOSS_BYTES)
     - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.spectral`)
     - ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
     - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
@@ -217,7 +220,7 @@ def _activations(shape: Shape, tokens: int, e: int, checkpointing: bool) -> dict
     block = at_once * tokens * e * (16 * shape.hidden + 5 * shape.intermediate)
     logits = e * tokens * shape.vocabulary + LOSS_COPIES * min(LOSS_BYTES, 4 * tokens * shape.vocabulary)
     inputs = e * tokens * shape.hidden * (shape.layers + 1) if checkpointing else 0
-    return {"block_inputs": inputs, "activations": max(block, logits)}
+    return {"block_inputs": inputs, "activations": block, "logits": logits}
 
 
 def gradient_terms(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, int]:
