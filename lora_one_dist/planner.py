@@ -156,8 +156,8 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
 def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     """Elements that ZeRO-3 holds whole at one time.
 
-    What it keeps for reuse; and a block and what is fetched ahead, to the end of a tensor, twice: as the flat buffer of a
-    gathering and as the tensors cut from it.
+    What it keeps for reuse; and a block and what is fetched ahead, to the end of a tensor: these twice, as the flat
+    buffer of a gathering and as the tensors cut from it.
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
     bucket = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
