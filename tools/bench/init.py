@@ -1,7 +1,7 @@
 """Seconds and memory from a base to adapters set, against PEFT's LoRA-GA.
 
     python tools/bench/init.py                        1 rank, a Llama shape of 372 M parameters in fp32
-    python tools/bench/init.py --ranks 1,2,4          also the busy seconds of each rank
+    python tools/bench/init.py --ranks 1,2,4          ours over ranks: the busy seconds of each
     python tools/bench/init.py --short                a smaller model, for make bench
 
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="370M")
     parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ranks", default="", help="also over these numbers of ranks, e.g. 1,2,4")
+    parser.add_argument("--ranks", default="", help="ours over these numbers of ranks instead, e.g. 1,2,4")
     parser.add_argument("--zero", default="ds_configs/zero3.json")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -242,6 +242,7 @@ def main() -> None:
         if arguments.ranks:
             ranks = [int(n) for n in arguments.ranks.split(",")]
             print(harness.table(scaling(folder, arguments.length, arguments.zero, ranks)))
+            return
         print(harness.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero)))
 
 
