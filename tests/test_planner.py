@@ -169,11 +169,15 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
     assert "svd needs 52.0 GB, 36 GB are there. One of these is enough: init.layer_groups=2;" in done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(Path("launch/configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_run_is_planned_from_its_yaml_without_its_data(path):
-    model = [] if "demo" in path.stem else ["--model", "tools/shapes/llama-2-7b"]
-    done = tool.run("plan", "--config", path, *model, "--hosts", 1, "--ranks_per_host", 8)
-    assert "1 x 8 ranks, stage 3" in done.stdout
+@pytest.mark.parametrize(
+    ("name", "model", "hosts", "each"),
+    [("demo", None, 1, 8), ("llama3_3_70b_chat", "tools/shapes/llama-3.3-70b", 4, 8)],
+)
+def test_a_run_is_planned_from_its_yaml_without_its_data(name, model, hosts, each):  # all of them: test_recipes.py
+    own = ["--model", model] if model else []
+    path = f"launch/configs/{name}.yaml"
+    done = tool.run("plan", "--config", path, *own, "--hosts", hosts, "--ranks_per_host", each)
+    assert f"{hosts} x {each} ranks, stage 3" in done.stdout
     assert "every phase fits" in done.stdout
 
 
