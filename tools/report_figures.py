@@ -19,8 +19,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from tools.report_runs import Best, Run, is_number
 
@@ -100,7 +102,13 @@ def _finish(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
 
 def _by_step(axes: Axes, label: str) -> None:
     axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _write_out(axis: Axis) -> None:
+    """A logarithmic axis with its numbers written out, between powers of ten at 2 and 5."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _marker(values: Sequence[Any]) -> str | None:
@@ -144,6 +152,7 @@ def _losses(runs: Sequence[Run], style: Style) -> Figure | None:
     _by_step(axes, "loss")
     if min(seen) > 0 and max(seen) > LOG_FROM * min(seen):
         axes.set_yscale("log")
+        _write_out(axes.yaxis)
     handles = {"training": plt.Line2D([], [], color="grey", linewidth=1.6)}
     if any(run.series("eval_loss")[0] for run in drawn):
         handles["held out"] = plt.Line2D([], [], color="grey", linestyle=":", marker="o", markerfacecolor="white")
@@ -159,15 +168,17 @@ def _curve(
     if not drawn:
         return None
     canvas, axes = _canvas()
-    lowest = min(min(run.series(key)[1]) for run in drawn)
+    values_of_all = [value for run in drawn for value in run.series(key)[1]]
+    lowest, highest = min(values_of_all), max(values_of_all)
     for run in drawn:
         steps, values = run.series(key)
         axes.plot(steps, values, color=style.colour(run), linewidth=1.2, marker=_marker(values))
     _by_step(axes, label)
     if scale == "log" and lowest > 0:
         axes.set_yscale("log")
+        _write_out(axes.yaxis)
     else:
-        axes.set_ylim(bottom=min(0.0, lowest))
+        axes.set_ylim(min(0.0, lowest), 1.05 * highest or None)
     style.legend(canvas, drawn)
     return _finish(canvas, key, title, caption)
 
@@ -182,8 +193,8 @@ def phases(runs: Sequence[Run], style: Style) -> list[Figure]:
         return []
     largest = max(row["peak_bytes"] for run in drawn for row in run.phases.values())
     unit, scale = ("GiB", GIB) if largest >= 2 * GIB else ("MiB", MIB)
-    memory = _by_phase(drawn, style, lambda row: row["peak_bytes"] / scale, f"peak {unit} of the fullest rank")
-    seconds = _by_phase(drawn, style, lambda row: row["seconds"], "seconds of the slowest rank")
+    memory = _by_phase(drawn, style, lambda row: row["peak_bytes"] / scale, f"peak {unit} of the fullest rank", False)
+    seconds = _by_phase(drawn, style, lambda row: row["seconds"], "seconds of the slowest rank", True)
     return [
         _finish(seconds, "seconds", "Seconds by phase", "Of a run that went on, those of its last start."),
         _finish(
@@ -195,8 +206,10 @@ def phases(runs: Sequence[Run], style: Style) -> list[Figure]:
     ]
 
 
-def _by_phase(runs: Sequence[Run], style: Style, value: Callable[[Mapping[str, Any]], float], label: str) -> Canvas:
-    """Bars with their numbers for few runs, dots for many."""
+def _by_phase(
+    runs: Sequence[Run], style: Style, value: Callable[[Mapping[str, Any]], float], label: str, spread: bool
+) -> Canvas:
+    """Bars with their numbers for few runs, dots for many; ``spread`` values' dots on a logarithmic axis."""
     names = list(dict.fromkeys(name for run in runs for name in run.phases))
     bars = len(runs) <= MOST_BARS
     lines = len(names) * (len(runs) if bars else 2) + len(names)
@@ -213,8 +226,11 @@ def _by_phase(runs: Sequence[Run], style: Style, value: Callable[[Mapping[str, A
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.12 * max(value(row) for run in runs for row in run.phases.values()))
+    if spread and not bars:
+        axes.set_xscale("log")
+        _write_out(axes.xaxis)
+        axes.autoscale(axis="x")
     style.legend(canvas, runs)
     return canvas
 
@@ -325,7 +341,7 @@ def _depth(run: Run, kinds: Mapping[str, Sequence[Mapping[str, Any]]], name: str
         else:
             each.set_ylim(0, 1.03)
     axes[-1].set_xlabel("block")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     tolerance = run.config.get("init.svd_tolerance")
     if tolerance:
         axes[1].axhline(tolerance, color="grey", linestyle=":")
