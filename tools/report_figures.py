@@ -32,7 +32,8 @@ MOST_NAMED = 10  # runs with a colour and a line in the legend each; of more, a 
 MOST_BARS = 4  # runs drawn as bars of a phase; more are dots
 LONGEST_LABEL = 44
 SMOOTHED_PART = 25  # training losses are averaged over 1/25 of the logged steps
-LOG_FROM = 30.0  # largest over smallest loss from which its axis is logarithmic
+LOG_FROM = 10.0  # largest over smallest loss or norm from which its axis is logarithmic
+SHORTEST_SECONDS = 1e-3  # a phase below had nothing to do
 ERROR = "certified error"
 FEW_POINTS = 60  # up to so many are marked one by one
 GIB, MIB = 2**30, 2**20
@@ -174,7 +175,7 @@ def _curve(
         steps, values = run.series(key)
         axes.plot(steps, values, color=style.colour(run), linewidth=1.2, marker=_marker(values))
     _by_step(axes, label)
-    if scale == "log" and lowest > 0:
+    if scale == "log" and lowest > 0 and highest > LOG_FROM * lowest:
         axes.set_yscale("log")
         _write_out(axes.yaxis)
     else:
@@ -188,7 +189,7 @@ def _curve(
 
 def phases(runs: Sequence[Run], style: Style) -> list[Figure]:
     """Seconds and peak memory of each phase."""
-    drawn = [run for run in runs if run.phases]
+    drawn = [run for run in runs if any(row["seconds"] >= SHORTEST_SECONDS for row in run.phases.values())]
     if not drawn:
         return []
     largest = max(row["peak_bytes"] for run in drawn for row in run.phases.values())
@@ -210,14 +211,17 @@ def _by_phase(
     runs: Sequence[Run], style: Style, value: Callable[[Mapping[str, Any]], float], label: str, spread: bool
 ) -> Canvas:
     """Bars with their numbers for few runs, dots for many; ``spread`` values' dots on a logarithmic axis."""
-    names = list(dict.fromkeys(name for run in runs for name in run.phases))
+    long = {
+        run.label: {name: row for name, row in run.phases.items() if row["seconds"] >= SHORTEST_SECONDS} for run in runs
+    }
+    names = list(dict.fromkeys(name for rows in long.values() for name in rows))
     bars = len(runs) <= MOST_BARS
     lines = len(names) * (len(runs) if bars else 2) + len(names)
     canvas, axes = _canvas(height=1.0 + LINE_INCHES * lines)
     thickness = 0.8 / len(runs)
     for i, run in enumerate(runs):
-        at = [names.index(name) + ((i + 0.5) * thickness - 0.4 if bars else 0.0) for name in run.phases]
-        values = [value(row) for row in run.phases.values()]
+        at = [names.index(name) + ((i + 0.5) * thickness - 0.4 if bars else 0.0) for name in long[run.label]]
+        values = [value(row) for row in long[run.label].values()]
         if bars:
             drawn = axes.barh(at, values, thickness * 0.9, color=style.colour(run))
             axes.bar_label(drawn, [_short(x) for x in values], padding=3, fontsize=8)
@@ -226,7 +230,7 @@ def _by_phase(
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.12 * max(value(row) for run in runs for row in run.phases.values()))
+    axes.set_xlim(0, 1.12 * max(value(row) for rows in long.values() for row in rows.values()))
     if spread and not bars:
         axes.set_xscale("log")
         _write_out(axes.xaxis)
@@ -304,7 +308,9 @@ def _heat_map(run: Run, kinds: Mapping[str, Sequence[Mapping[str, Any]]], name: 
         each.set_yticks(shown, [str(depth_of(rows[i]["name"], i)) for i in shown], fontsize=8)
     canvas.supxlabel("rank", fontsize=10)
     canvas.supylabel("block", fontsize=10)
-    canvas.colorbar(drawn, ax=axes, label=f"share of the {_matrix(run)}'s energy", location="top", aspect=40)
+    canvas.colorbar(
+        drawn, ax=axes, label=f"share of the {_matrix(run)}'s energy", location="top", fraction=0.03, aspect=40
+    )
     caption = f"{run.label}. Framed: lora.r = {run.r}. Grey: a rank that the layer does not have."
     return _finish(canvas, name, "Coverage by block and rank", caption)
 

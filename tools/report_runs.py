@@ -258,7 +258,8 @@ def _content_notes(run: Run) -> list[str]:
     elif not run.covered_layers:
         notes.append(f"{run.method} takes no SVD: no coverage and no certified error")
     if not run.series("eval_loss")[0]:
-        notes.append("no evaluation was logged")
+        no_data = "data.eval" in run.config and run.config["data.eval"] is None
+        notes.append("no held-out data: no evaluation" if no_data else "no evaluation was logged")
     logged = [line["loss"] for line in run.lines if "loss" in line]
     lost = sum(not is_number(value) for value in logged)
     if lost:
