@@ -163,7 +163,13 @@ def show(figures: Iterable[Figure]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Texts to the left, numbers as :func:`number` writes them to the right; all of it escaped."""
+    """Texts to the left, numbers as :func:`number` writes them to the right; all of it escaped.
+
+    Columns without a value are left out.
+    """
+    rows = [list(row) for row in rows]
+    kept = [i for i in range(len(heads)) if any(row[i] != MISSING for row in rows)]
+    heads, rows = [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     lines = []
     for row in rows:

@@ -103,7 +103,7 @@ def _finish(canvas: Canvas, name: str, title: str, caption: str) -> Figure:
 
 def _by_step(axes: Axes, label: str) -> None:
     axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _write_out(axis: Axis) -> None:
@@ -347,12 +347,12 @@ def _depth(run: Run, kinds: Mapping[str, Sequence[Mapping[str, Any]]], name: str
         else:
             each.set_ylim(0, 1.03)
     axes[-1].set_xlabel("block")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     tolerance = run.config.get("init.svd_tolerance")
     if tolerance:
         axes[1].axhline(tolerance, color="grey", linestyle=":")
     handles, labels = axes[0].get_legend_handles_labels()
     canvas.set_figheight(canvas.get_figheight() + LINE_INCHES * -(-len(labels) // 3))
     canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    caption = f"{run.label}. Dotted: init.svd_tolerance, above which an SVD iterates further."
+    caption = f"{run.label}. Dotted: init.svd_tolerance; errors above are the least that fp32 shows."
     return _finish(canvas, name, "Along the depth", caption)
