@@ -48,7 +48,7 @@ table { border-collapse: collapse; font-size: 0.9rem; overflow-wrap: normal; }
 th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .facts td { overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
 figure { margin: 0; } img { width: 100%; height: auto; } figcaption { font-size: 0.85rem; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 0.4rem 0.8rem; margin: 0.6rem 0; }
 summary { cursor: pointer; font-weight: 600; } details details summary { font-weight: normal; }
@@ -193,8 +193,8 @@ def comparison(runs: Sequence[Run]) -> str:
     """What differs between the runs, and how they ended; below it their notes."""
     settings = report_runs.differing(runs)
     scale = report_figures.MIB
-    heads = ["#", "run", *settings, "steps", "last training loss", "held-out loss before", "held-out loss after"]
-    heads += ["exact match before", "exact match after", "tokens/s", "peak MiB", "init s"]
+    heads = ["#", "run", "steps", "last training loss", "held-out loss before", "held-out loss after"]
+    heads += ["exact match before", "exact match after", "tokens/s", "peak MiB", "init s", *settings]
     rows = []
     for run in runs:
         losses = run.series("loss")[1]
@@ -203,7 +203,6 @@ def comparison(runs: Sequence[Run]) -> str:
             [
                 Number(run.number),
                 run.name,
-                *(run.facts.get(key, MISSING) for key in settings),
                 Number(steps_of(run)),
                 number(losses[-1] if losses else None),
                 number(run.result("before", "eval_loss")),
@@ -213,6 +212,7 @@ def comparison(runs: Sequence[Run]) -> str:
                 number(run.tokens_per_second, ".0f"),
                 number(peak / scale if peak is not None else None, ".0f"),
                 number(run.init_seconds, ".2f"),
+                *(run.facts.get(key, MISSING) for key in settings),
             ]
         )
     notes = [f'<li class="note">{escape(run.label)}: {escape(note)}</li>' for run in runs for note in run.notes]
