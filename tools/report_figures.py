@@ -311,7 +311,7 @@ def _heat_map(run: Run, kinds: Mapping[str, Sequence[Mapping[str, Any]]], name: 
     canvas.colorbar(
         drawn, ax=axes, label=f"share of the {_matrix(run)}'s energy", location="top", fraction=0.03, aspect=40
     )
-    caption = f"{run.label}. Framed: lora.r = {run.r}. Grey: a rank that the layer does not have."
+    caption = f"{run.label}. Framed: lora.r = {run.r}. Grey: not measured."
     return _finish(canvas, name, "Coverage by block and rank", caption)
 
 
