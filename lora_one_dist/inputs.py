@@ -97,6 +97,9 @@ def refuse_unpackable(skeleton: Any) -> None:
     Its own code makes the attention mask of two documents, which must be causal within each and nothing else (flash
     attention has no mask: there the block must be given the positions).  Layers that mix tokens without a mask are
     refused by what they are: state-space and linear-attention models have convolutions or say so in their layer_types.
+
+    Known to pass: llama, mistral, qwen2, qwen3, gemma2, gemma3, phi, phi3, gpt_neox, olmo2, granite, starcoder2 and
+    smollm3.  Known to be refused: bloom and mpt (ALiBi), mamba, recurrent_gemma, lfm2 and opt.
     """
     remedy = "Set data.packing: false, or take another model."
     value = f"data.packing = true: {type(skeleton).__name__}"

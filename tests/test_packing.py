@@ -19,7 +19,7 @@ from tests import models, reference
 from tests.ranks import run_ranks, write_json_lines
 from tests.test_data import build_tokenizer, cache, config, dataset  # noqa: F401 (cache: for the session)
 from tests.test_gradient import TOLERANCE, load_base
-from tests.test_resume import rare_data, train_with_a_fault
+from tests.test_resume import all_refused, rare_data, train_with_a_fault
 from tests.test_train import metrics, peft_eval_loss, refused, settings, train
 
 ROOM = 34  # 5 rows, of which one holds one document
@@ -346,8 +346,9 @@ def one_step(folder, data, zero_json, checkpointings, sizes):
 
 
 def pair(name, m, n):
+    """Adapters that change a weight by 7 %: those that double it saturate attention, and fp32 loses its gradient."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    return 0.1 * torch.randn(4, n, generator=generator), 0.1 * torch.randn(m, 4, generator=generator)
+    return 0.03 * torch.randn(4, n, generator=generator), 0.03 * torch.randn(m, 4, generator=generator)
 
 
 ALL_CHECKPOINTING = ("none", "reentrant", "non_reentrant")
@@ -392,7 +393,7 @@ def test_loss_and_gradients_are_those_of_the_documents_by_themselves(
         assert max(reference.relative(owned[n], gradients[n]) for n in names) <= TOLERANCE, case
         for _, own_loss, of_adapters, own_adapted in (result[case] for result in results):
             assert abs(own_loss - loss) <= 1e-6, case
-            assert abs(own_adapted - adapted) <= 1e-5, case
+            assert abs(own_adapted - adapted) <= 1e-6, case
             for name in names:
                 for side in (0, 1):
                     assert reference.relative(of_adapters[name][side], wanted[name][side]) <= TOLERANCE, (case, name)
@@ -410,32 +411,31 @@ TINY = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-# What config.json says besides, and whether documents stay apart.
+# What config.json says besides.
 FAMILIES = {
-    "llama": ({}, True),
-    "mistral": ({"sliding_window": 16}, True),
-    "qwen2": ({}, True),
-    "qwen3": ({}, True),
-    "gemma2": ({"sliding_window": 16}, True),
-    "gemma3_text": ({"sliding_window": 16}, True),
-    "phi": ({}, True),
-    "phi3": ({"pad_token_id": 0}, True),
-    "gpt_neox": ({}, True),
-    "olmo2": ({}, True),
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "bos_token_id": 0}, True),
-    "granite": ({}, True),
-    "starcoder2": ({}, True),
-    "smollm3": ({"pad_token_id": 0}, True),
-    "falcon": ({"alibi": False}, False),
-    "bloom": ({"n_head": 4, "n_layer": 2}, False),
-    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, False),
-    "mamba": ({"state_size": 4}, False),
-    "recurrent_gemma": ({"lru_width": 32, "num_hidden_layers": 3}, False),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, False),
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16},
+    "gemma3_text": {"sliding_window": 16},
+    "phi": {},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+    "olmo2": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "bos_token_id": 0},
+    "granite": {},
+    "starcoder2": {},
+    "smollm3": {"pad_token_id": 0},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "mamba": {"state_size": 4},
+    "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
-NO_KERNEL = [("gemma2", "sdpa")]  # in transformers 5.23
+NO_SDPA = ("gemma2", "bloom", "mpt", "mamba")  # in transformers 5.23
 REFUSED = {
-    "falcon": "lets packed documents see each other: its mask ignores positions",
+    "opt": "lets packed documents see each other: its mask ignores positions",
     "bloom": "takes no position_ids",
     "mpt": "takes no position_ids",
     "mamba": "takes no position_ids",
@@ -448,7 +448,7 @@ def family(kind, folder, attention):
     """The model of a family without values, and its config."""
     from lora_one_dist import model
 
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, **TINY, **FAMILIES[kind][0]}))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, **TINY, **FAMILIES[kind]}))
     return model.build_skeleton(ModelConfig(path=str(folder), dtype="fp32", attn_implementation=attention), folder)
 
 
@@ -469,7 +469,7 @@ def seen_by_others(hf_config):
 
 @pytest.mark.parametrize(
     ("kind", "attention"),
-    [(kind, attention) for kind in FAMILIES for attention in ("eager", "sdpa") if (kind, attention) not in NO_KERNEL],
+    [(kind, "eager") for kind in FAMILIES] + [(kind, "sdpa") for kind in FAMILIES if kind not in NO_SDPA],
 )
 def test_models_that_cannot_keep_documents_apart_are_refused_without_values(kind, attention, tmp_path):
     from lora_one_dist import inputs
@@ -494,9 +494,22 @@ def test_models_that_cannot_keep_documents_apart_are_refused_without_values(kind
     assert not any(module._forward_pre_hooks for module in skeleton.modules())
 
 
+def test_flash_attention_needs_the_positions_in_its_blocks(tmp_path):
+    from lora_one_dist import inputs
+    from lora_one_dist.model import ModelError
+
+    skeleton = family("llama", tmp_path, "eager")
+    skeleton.config._attn_implementation = "flash_by_hand"
+    inputs.refuse_unpackable(skeleton)
+    forward = skeleton.model.forward
+    skeleton.model.forward = lambda **given: forward(**{**given, "position_ids": None})
+    with pytest.raises(ModelError, match="LlamaForCausalLM lets packed documents see each other"):
+        inputs.refuse_unpackable(skeleton)
+
+
 def test_a_refused_model_does_leak(tmp_path):
-    """The refusal of what has position_ids is no caution: falcon's mask, and a convolution."""
-    for kind in ("falcon", "recurrent_gemma"):
+    """The refusal is no mere caution: a mask without positions, a state, ALiBi without either."""
+    for kind in ("opt", "recurrent_gemma", "mamba", "mpt"):
         change, _ = seen_by_others(family(kind, tmp_path, "eager").config)
         assert change > 1e-4, kind
 
@@ -514,30 +527,44 @@ def packed_settings(folder, out, **changes):
     return raw
 
 
-def test_packed_run_with_rows_held_out_on_any_number_of_ranks(model_folder, tmp_path):
-    folder, found = model_folder("llama"), []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks) / "run"
-        run_ranks(ranks, train, packed_settings(folder, out, train__eval_steps=3, train__exact_match_samples=5))
-        found.append(metrics(out))
-    losses = [[line["loss"] for line in lines if "loss" in line] for lines in found]
-    held_losses = [[line["eval_loss"] for line in lines if "eval_loss" in line] for lines in found]
-    assert [len(part) for part in (*losses, *held_losses)] == [4, 4, 3, 3]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert held_losses[0] == pytest.approx(held_losses[1], abs=1e-5)
-    assert held_losses[0][-1] < held_losses[0][0]
-    assert all("exact_match" in lines[i] for lines in found for i in (0, -1))
+def test_packed_run_with_rows_held_out(model_folder, tmp_path):
+    folder, out = model_folder("llama"), tmp_path / "data" / "run"
+    run_ranks(2, train, packed_settings(folder, out, train__eval_steps=3, train__exact_match_samples=5))
+    lines = metrics(out)
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert "exact_match" in lines[0].keys() & lines[-1].keys()
     held = [models.rows(100)[i] for i in packing.held_out(100, 0.21)[1]]
-    expected = peft_eval_loss(folder, out / "adapter", held, torch.float32)
-    assert held_losses[1][-1] == pytest.approx(expected, abs=1e-4)
-    for changes in ({"data__packing": False}, {"data__max_length": 23}, {"data__eval_fraction": 0.3}):
-        message = run_ranks(1, refused, packed_settings(folder, out, **changes))[0]
-        assert "the training data is another one (" in message, message
+    assert losses[-1] == pytest.approx(peft_eval_loss(folder, out / "adapter", held, torch.float32), abs=1e-4)
+    others = ({"data__packing": False}, {"data__max_length": 23}, {"data__eval_fraction": 0.3})
+    for message in run_ranks(1, all_refused, [packed_settings(folder, out, **changes) for changes in others])[0]:
+        assert "the training data is another one (" in message
+
+
+@pytest.mark.full
+def test_packed_losses_do_not_depend_on_ranks_micro_batch_attention_and_checkpointing(model_folder, tmp_path):
+    found = []
+    for ranks, size, attention, checkpointing in (
+        (1, 2, "sdpa", "none"),
+        (2, 1, "eager", "reentrant"),
+        (3, 3, "sdpa", "non_reentrant"),
+    ):
+        out = tmp_path / f"{ranks}" / "run"
+        changes = {"train__micro_batch_size": size, "train__eval_steps": 2, "train__max_steps": 8}
+        changes |= {"model__attn_implementation": attention, "model__gradient_checkpointing": checkpointing}
+        run_ranks(ranks, train, packed_settings(model_folder("qwen2"), out, data__max_length=60, **changes))
+        lines = metrics(out)
+        found.append([line.get("loss", line.get("eval_loss")) for line in lines])
+    assert len(found[0]) == 8 + 5
+    assert found[1] == pytest.approx(found[0], abs=1e-5, rel=0)
+    assert found[2] == pytest.approx(found[0], abs=1e-5, rel=0)
 
 
 def test_samples_of_a_packed_row_are_named_when_a_loss_is_not_finite(model_folder, tmp_path):
     out = tmp_path / "data" / "run"
     changes = {"data__train": str(rare_data(tmp_path, 8)), "data__eval_fraction": None, "train__micro_batch_size": 1}
+    changes["init__num_samples"] = 4
     raw = packed_settings(model_folder("llama"), out, **changes, train__global_batch_size=5, train__max_steps=5)
     messages = run_ranks(2, train_with_a_fault, raw, "embedding")
     assert messages[0] == messages[1]
