@@ -104,7 +104,10 @@ class DataConfig(_Group):
     train: str | list[str]
     """File, list of files, or data set name for training."""
     eval: str | list[str] | None = None
-    """File, list of files, or data set name for evaluation; none: no evaluation."""
+    """File, list of files, or data set name for evaluation; none: no evaluation, or eval_fraction."""
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    """Hold out this share of the training rows for evaluation instead, in (0, 1); at least one row on each side. The
+    same rows at any train.seed and number of ranks, so that runs compare."""
     train_split: str = "train"
     """Split of a named data set to train on; slices such as train[:100000] work. Files have none."""
     eval_split: str = "test"
@@ -123,6 +126,10 @@ class DataConfig(_Group):
     """completion: loss on completions and assistant turns only; all: on every token. Format text is always all."""
     max_length: int = Field(1024, ge=2)
     """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported."""
+    packing: bool = False
+    """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
+    sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.
+    Evaluation data stay as they are. For models whose attention masks follow position_ids, which is checked."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use only the first rows of the training data."""
     max_eval_samples: int | None = Field(None, ge=1)
@@ -462,13 +469,17 @@ def _cross_checks(groups: Mapping[str, Any]) -> list[str]:
             )
     if {"train", "data"} <= groups.keys():
         train, data = groups["train"], groups["data"]
-        if train.exact_match_samples and (data.eval is None or data.format != "completion"):
+        evaluates = data.eval is not None or data.eval_fraction is not None
+        if train.exact_match_samples and not (evaluates and data.format == "completion"):
             problems.append(
-                f"train.exact_match_samples = {train.exact_match_samples}: needs data.eval and data.format completion. "
-                "Give both, or set it to 0."
+                f"train.exact_match_samples = {train.exact_match_samples}: needs data.eval or data.eval_fraction, and "
+                "data.format completion. Give both, or set it to 0."
             )
-        if train.eval_steps and data.eval is None:
-            problems.append(f"train.eval_steps = {train.eval_steps}: needs data.eval. Give it, or set eval_steps to 0.")
+        if train.eval_steps and not evaluates:
+            problems.append(
+                f"train.eval_steps = {train.eval_steps}: needs data.eval or data.eval_fraction. Give one, or set "
+                "eval_steps to 0."
+            )
     return problems
 
 
@@ -505,6 +516,11 @@ def _check_data(data: DataConfig) -> Iterator[str]:
                 yield f"data.{key} = {source}: must end in {' or '.join(DATA_SUFFIXES)}. Convert it."
             elif not looks_like_file and not os.path.isdir(source) and not HUB_NAME.fullmatch(source):
                 yield f"data.{key} = {source}: is no data set name. Files end in {', '.join(DATA_SUFFIXES)}."
+    if data.eval is not None and data.eval_fraction is not None:
+        yield (
+            f"data.eval = {data.eval}, data.eval_fraction = {data.eval_fraction}: at most one may be given. Leave one "
+            "out, or null."
+        )
     used_by_format = {"prompt": "completion", "completion": "completion", "messages": "chat", "text": "text"}
     for key, used_by in used_by_format.items():
         if key in _changed(data) and data.format != used_by:

@@ -2,7 +2,7 @@
 
 In: files or a data set, a tokenizer, :class:`DataConfig`.  Out: ids and labels in a memory-mapped Arrow file, which a
 later process with the same inputs finds in the cache of `datasets`; batch indices as functions of (seed, step); padded
-tensors.  Runs on any rank, not collective.  Peak memory: 1000 rows, and 40 bytes per sample of counts and orders.
+tensors.  Runs on any rank, not collective.  Peak memory: 1000 rows, and 48 bytes per sample of counts and orders.
 """
 
 from __future__ import annotations
@@ -49,16 +49,34 @@ class _RowError(DataError):
 class TokenData:
     """Samples to train on, as many as ``len()``, and what became of the rows that came in."""
 
-    dataset: Dataset  # input_ids, labels (-100: no loss), prompt_length (ids before the first label), num_targets
+    dataset: Any  # rows by number: input_ids, labels (-100: no loss), prompt_length (ids before the first), num_targets
     num_rows: int  # that came in
     num_truncated: int  # of those, with or without targets
     num_without_targets: int  # dropped: no token of theirs carries a loss
     num_tokens: int  # in `dataset`
     num_targets: int  # in `dataset`: labels[1:] != -100, the tokens that are predicted
     rows: np.ndarray  # (len,) int64: the row that each sample was, counted before any was dropped; see `place_of`
+    lengths: np.ndarray  # (len,) int64: tokens of each sample
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def rows_of(self, sample: int) -> list[int]:
+        """The rows that are in a sample: one, or of a packed row those of its documents."""
+        return [int(self.rows[sample])]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one tokenised data set from another: number of samples, and SHA-256 of every id and label.
+
+        Reads all of it once (about 1 s a gigabyte).  Not collective.
+        """
+        digest = hashlib.sha256()
+        for table in self.dataset.with_format("arrow").iter(batch_size=1000):
+            for name in ("input_ids", "labels"):
+                for chunk in table.column(name).chunks:
+                    digest.update(np.diff(chunk.offsets.to_numpy()).astype(np.int64).tobytes())
+                    digest.update(chunk.flatten().to_numpy().astype(np.int32).tobytes())
+        return {"samples": len(self), "sha256": digest.hexdigest()}
 
 
 def load_rows(source: str | list[str], split: str, max_samples: int | None) -> Dataset:
@@ -214,11 +232,16 @@ def _find_bad_json(path: str) -> str:
 
 
 def tokenize(
-    rows: Dataset, tokenizer: Tokenizer, config: DataConfig, source: str | list[str] | None = None
+    rows: Dataset,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    source: str | list[str] | None = None,
+    only: np.ndarray | None = None,
 ) -> TokenData:
     """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
 
-    ``source``: where `load_rows` read the rows, to name the place of a bad one.
+    ``source``: where `load_rows` read the rows, to name the place of a bad one.  ``only``: numbers of the rows to take,
+    as if there were no others; all are tokenised, so that those held out find theirs in the cache.
 
     Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
     template that rewrites earlier turns, or no row with a target.
@@ -243,30 +266,17 @@ def tokenize(
             fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
             desc="tokenize",
         )
-    targets, lengths = (mapped.data.column(name).to_numpy() for name in ("num_targets", "uncut_length"))
+    taken = np.arange(len(rows)) if only is None else only
+    targets, lengths = (mapped.data.column(name).to_numpy()[taken] for name in ("num_targets", "uncut_length"))
     kept, truncated = targets > 0, lengths > config.max_length
     if not kept.any():
-        value = f"data.max_length = {config.max_length}: cuts {truncated.sum()} of {len(rows)} rows"
+        value = f"data.max_length = {config.max_length}: cuts {truncated.sum()} of {len(taken)} rows"
         raise DataError(f"{value}, none has a token to learn. Raise it; a chat needs a message of role 'assistant'.")
+    numbers, lengths = taken[kept].astype(np.int64), lengths[kept].clip(max=config.max_length)
     dataset = mapped.remove_columns("uncut_length")
-    dataset = dataset if kept.all() else dataset.select(kept.nonzero()[0])
-    dropped, num_tokens = int((~kept).sum()), int(lengths[kept].clip(max=config.max_length).sum())
-    numbers = kept.nonzero()[0].astype(np.int64)
-    return TokenData(dataset, len(rows), int(truncated.sum()), dropped, num_tokens, int(targets.sum()), numbers)
-
-
-def fingerprint(tokens: TokenData) -> dict[str, Any]:
-    """What tells one tokenised data set from another: number of samples, and SHA-256 of every id and label.
-
-    Reads all of it once (about 1 s a gigabyte).  Not collective.
-    """
-    digest = hashlib.sha256()
-    for table in tokens.dataset.with_format("arrow").iter(batch_size=1000):
-        for name in ("input_ids", "labels"):
-            for chunk in table.column(name).chunks:
-                digest.update(np.diff(chunk.offsets.to_numpy()).astype(np.int64).tobytes())
-                digest.update(chunk.flatten().to_numpy().astype(np.int32).tobytes())
-    return {"samples": len(tokens), "sha256": digest.hexdigest()}
+    dataset = dataset if len(numbers) == len(rows) else dataset.select(numbers)
+    cut, dropped = int(truncated.sum()), int((~kept).sum())
+    return TokenData(dataset, len(taken), cut, dropped, int(lengths.sum()), int(targets.sum()), numbers, lengths)
 
 
 def load_eval_prompts(
@@ -386,9 +396,14 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """Permutation (num_samples,) int64 of an epoch's samples, a function of the arguments alone; do not write to it."""
-    digest = hashlib.sha256(repr(("order", seed, epoch)).encode()).digest()
+    return permutation(num_samples, "order", seed, epoch)
+
+
+def permutation(count: int, *purpose: str | int) -> torch.Tensor:
+    """Permutation (count,) int64, a function of the arguments alone.  Pure."""
+    digest = hashlib.sha256(repr(purpose).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(num_samples, generator=generator)
+    return torch.randperm(count, generator=generator)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -415,6 +430,7 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right.
 
+    Of packed rows (with ``lengths``) also position_ids, from 0 in each document; the padding is a document of its own.
     weightless: two tokens of the first sample without a label, for a rank that only has to join the collectives.
     """
     ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
@@ -422,7 +438,13 @@ def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool =
         ids, labels = [ids[0][:2]], [torch.full_like(ids[0][:2], IGNORE_INDEX)]
     columns = {"input_ids": (ids, pad_token_id), "labels": (labels, IGNORE_INDEX)}
     columns["attention_mask"] = ([torch.ones_like(row) for row in ids], 0)
-    return {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}
+    batch = {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}
+    if "lengths" in samples[0]:
+        width = batch["input_ids"].shape[1]
+        documents = [[width]] if weightless else [sample["lengths"] for sample in samples]
+        positions = [[torch.arange(n) for n in (*lengths, width - sum(lengths))] for lengths in documents]
+        batch["position_ids"] = torch.stack([torch.cat(row) for row in positions])
+    return batch
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:

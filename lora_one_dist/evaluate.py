@@ -84,11 +84,13 @@ def _answer(text: str, pattern: str | None) -> str:
     return (found[-1] or "").strip() if found else ""
 
 
-def refuse_unmatched(pattern: str | None, prompts: Sequence[tuple[list[int], str]], source: str | list[str]) -> None:
-    """Raise DataError if the pattern finds no answer in a reference of the evaluation data ``source``.  Pure."""
-    for row, (_, reference) in enumerate(prompts):
+def refuse_unmatched(
+    pattern: str | None, prompts: Sequence[tuple[list[int], str]], rows: Sequence[int], source: str | list[str]
+) -> None:
+    """Raise DataError if the pattern finds no answer in a reference; ``rows`` of ``source`` are the prompts'.  Pure."""
+    for row, (_, reference) in zip(rows, prompts, strict=True):
         if not _answer(reference, pattern):
-            place = data.place_of(source, row)
+            place = data.place_of(source, int(row))
             raise data.DataError(
                 f"train.exact_match_pattern = {pattern!r}: finds no answer in the completion of {place}, "
                 f"{reference!r:.80}. Correct the pattern, or leave it out to compare whole completions."

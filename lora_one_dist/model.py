@@ -467,11 +467,17 @@ def loss_sum(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     A sum, not transformers' mean: the caller divides by the targets of the whole global batch, so that the loss is
     the same however the batch is split into micro-batches and ranks.
+
+    A batch with position_ids holds packed rows.  transformers keeps their documents apart if it is given no mask of
+    the padding (which is a document of its own), and its flash attention only within a batch of one row.
     """
     device = comm.device()
-    logits = model(
-        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-    ).logits
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    if "position_ids" in batch:
+        del inputs["attention_mask"]
+        if str(model.config._attn_implementation).startswith("flash"):
+            inputs = {name: values.view(1, -1) for name, values in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten().to(device)
     return _CrossEntropySum.apply(logits.flatten(0, 1), labels)
 

@@ -199,10 +199,12 @@ def _introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     for purpose, tokens in (("training", train), ("evaluation", read.held.tokens if read.held is not None else None)):
         if tokens is not None:
+            fill = tokens.num_tokens / (len(tokens) * config.data.max_length)
+            packed = f" in {len(tokens)} packed rows, {fill:.1%} full" if len(tokens.rows) > len(tokens) else ""
             record.say(
-                f"{len(tokens)} {purpose} samples, {tokens.num_tokens} tokens, {tokens.num_targets} targets; "
-                f"{tokens.num_truncated} cut at {config.data.max_length} tokens, {tokens.num_without_targets} without "
-                "targets dropped"
+                f"{len(tokens.rows)} {purpose} samples{packed}, {tokens.num_tokens} tokens, {tokens.num_targets} "
+                f"targets; {tokens.num_truncated} cut at {config.data.max_length} tokens, "
+                f"{tokens.num_without_targets} without targets dropped"
             )
     positions = getattr(plan.skeleton.config, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
@@ -435,9 +437,10 @@ def _explain(job: _Job, now: _Progress, step: int, indices: Sequence[int]) -> st
         base.release()
         where = [f"output of {name}" for name in first] + [f"gradient of {g}" for g in now.optimizer.take_non_finite()]
         if samples and where:
-            rows = [int(read.train.rows[i]) for i in samples[:SHOWN_SAMPLES]]
-            places = ", ".join(data.place_of(config.data.train, row) for row in rows)
-            found.append(f"{where[0]} for the samples at {places}")
+            rows = [row for i in samples for row in read.train.rows_of(i)]
+            places = ", ".join(data.place_of(config.data.train, row) for row in rows[:SHOWN_SAMPLES])
+            others = f" and {len(rows) - SHOWN_SAMPLES} more" if len(rows) > SHOWN_SAMPLES else ""
+            found.append(f"{where[0]} for the samples at {places}{others}")
     named = [text for texts in comm.all_gather_object(found) for text in texts]
     newest = "none" if job.store.newest is None else f"step-{job.store.newest}"
     if not named:

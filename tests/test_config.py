@@ -95,6 +95,7 @@ def test_defaults_are_the_papers_recipe(here):
         {"optim__warmup_steps": 9, "optim__schedule": "constant"},
         {"train__max_steps": 0, "optim__warmup_steps": 10},
         {"init__svd_tolerance": 3e-7, "optim__betas": [0.5, 0.0]},
+        {"data__packing": True, "data__eval_fraction": 0.05, "train__eval_steps": 3, "train__exact_match_samples": 4},
     ],
     ids=str,
 )
@@ -238,6 +239,8 @@ BOUNDS = [
     # key, smallest or largest values that pass, values that do not
     ("data.max_length", [2], [1, 2.5, "many", None]),
     ("data.max_train_samples", [1, None], [0]),
+    ("data.packing", [True, False], ["often", None]),
+    ("data.eval_fraction", [1e-6, 0.999, None], [0, 1, -0.1, "half"]),
     ("data.max_eval_samples", [None], [0]),
     ("lora.r", [1], [0, -1]),
     ("lora.alpha", [1e-9], [0]),
@@ -402,13 +405,35 @@ RULES = [
         )
         for steps, schedule in ((10, "linear"), (11, "cosine"), (10, "constant"))
     ],
-    ({"train__exact_match_samples": 4}, "train.exact_match_samples = 4", "needs data.eval and data.format completion"),
+    (
+        {"train__exact_match_samples": 4},
+        "train.exact_match_samples = 4",
+        "needs data.eval or data.eval_fraction, and data.format completion",
+    ),
     (
         {"train__exact_match_samples": 4, "data__eval": "eval.jsonl", "data__format": "chat"},
         "train.exact_match_samples = 4",
         "Give both, or set it to 0",
     ),
-    ({"train__eval_steps": 5}, "train.eval_steps = 5", "needs data.eval. Give it, or set eval_steps to 0"),
+    (
+        {"train__exact_match_samples": 4, "data__eval_fraction": 0.5, "data__format": "chat"},
+        "train.exact_match_samples = 4",
+        "Give both, or set it to 0",
+    ),
+    (
+        {"train__eval_steps": 5},
+        "train.eval_steps = 5",
+        "needs data.eval or data.eval_fraction. Give one, or set eval_steps to 0",
+    ),
+    (
+        {"data__eval": "eval.jsonl", "data__eval_fraction": 0.25},
+        "data.eval = eval.jsonl, data.eval_fraction = 0.25",
+        "at most one may be given. Leave one out, or null",
+    ),
+    *[
+        ({"data__eval_fraction": 0.25, f"data__{key}": value}, f"data.{key} = {value}", "has no data set to apply to")
+        for key, value in [("eval_split", "validation"), ("max_eval_samples", 4)]
+    ],
 ]
 
 
