@@ -54,7 +54,7 @@ def _partitioned_parameters(module: nn.Module, recurse: bool = False) -> list[tu
 coordinator.get_all_parameters = _partitioned_parameters
 
 REUSE_DISTANCE = 10**9  # DeepSpeed's default of stage3_max_reuse_distance
-LIVE_BLOCKS = 3  # the one at work, the one fetched ahead, and the one just released
+LIVE_BLOCKS = 2  # the one at work and the one fetched ahead; without a limit backward fetches two for each
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
 
 
