@@ -77,11 +77,14 @@ def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> 
 
 
 def _answer(text: str, pattern: str | None) -> str:
-    """The last match of the pattern (its first group, if any), or the whole text, stripped; no match is ''."""
+    """The last match of the pattern (its first group, if any), stripped, 1,234 as 1234; no match is ''.
+
+    Without a pattern the whole text, stripped.
+    """
     if pattern is None:
         return text.strip()
     found = [match.group(1) if match.re.groups else match.group() for match in re.finditer(pattern, text)]
-    return (found[-1] or "").strip() if found else ""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", found[-1] or "").strip() if found else ""
 
 
 def refuse_unmatched(

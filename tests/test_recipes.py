@@ -214,7 +214,8 @@ def test_longer_chats_are_refused_by_a_template_like_qwen3s():
 
 GSM_ANSWERS = {
     "5 + 7 = 12 pens.\n#### 12": "12",
-    "#### 1,234": "1,234",
+    "#### 1,234": "1234",
+    "#### 1,234,567": "1234567",
     "#### -2": "-2",
     "####15": "15",
     "2 of 3 are left.\nThe answer is: 42": "42",
@@ -242,7 +243,7 @@ def test_exact_match_finds_the_answers_of_the_evaluation_data(path, prepare):
     rows = data.load_rows(config.data.eval, "test", None)
     tokenizer = build_tokenizer()
     prompts = data.load_eval_prompts(rows, tokenizer, config.data, range(len(rows)), config.data.eval)
-    evaluate.refuse_unmatched(pattern, prompts, config.data.eval)
+    evaluate.refuse_unmatched(pattern, prompts, range(len(rows)), config.data.eval)
     if path.stem != "demo":
         known = CHOICES if "commonsense" in path.stem else GSM_ANSWERS
         assert {text: evaluate._answer(text, pattern) for text in known} == known
