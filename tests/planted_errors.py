@@ -435,7 +435,7 @@ ERRORS = [
     ),
     Planted(
         "another base of the same shape taken for this one",
-        "sharding.py",
+        "weights.py",
         (('label.encode() + b"\\0" + file.read(min(count, SAMPLE_BYTES))', "label.encode()"),),
         "test_resume.py",
         "another_run",
@@ -451,6 +451,40 @@ ERRORS = [
         ),
         "test_resume.py",
         "any_number_of_ranks",
+    ),
+    Planted(
+        "the logits' gradient lacks the target's part in the last rows",
+        "model.py",
+        (("index, torch.full_like(normalizer, -1.0)", "index[:4], torch.full_like(normalizer[:4], -1.0)"),),
+        "test_model.py",
+        "autograds",
+    ),
+    Planted(
+        "a layer group's graph starts a block too high",
+        "gradient.py",
+        (("stack[: holding[0]]", "stack[: holding[0] + 1]"),),
+        "test_gradient.py",
+        "first_block",
+    ),
+    Planted(
+        "positions run on through packed documents",
+        "data.py",
+        (
+            (
+                '        batch["position_ids"] = torch.stack([torch.cat(row) for row in positions])',
+                '        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as('
+                'batch["input_ids"])',
+            ),
+        ),
+        "test_packing.py",
+        "llama",
+    ),
+    Planted(
+        "a packed document's first token is predicted from the one before",
+        "packing.py",
+        (("[IGNORE_INDEX, *document[1:]]", "document"),),
+        "test_packing.py",
+        "llama or document",
     ),
 ]
 
