@@ -168,7 +168,8 @@ class InitConfig(_Group):
     buffer: Literal["device", "host"] = "device"
     """Where an owner keeps the fp32 gradients of its layers between the backward passes and the SVDs."""
     layer_groups: int = Field(1, ge=1)
-    """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, backward passes times K."""
+    """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, for K forward passes and
+    (K + 1) / 2 backward."""
     halves: bool = False
     """Report the overlap of the top-r spaces of the batch's two halves: do the samples suffice? Costs twice the owner's
     gradient memory, three SVDs a layer instead of one, and a second pass where one micro-batch a rank would do."""

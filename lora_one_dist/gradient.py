@@ -15,7 +15,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 
 from lora_one_dist import comm, data
 from lora_one_dist.model import Target, dropout_off, loss_sum
-from lora_one_dist.sharding import Base, blocks
+from lora_one_dist.sharding import Base, stacks
 
 IN_FLIGHT = 2  # reductions that may be under way at once: hides the wire behind the next layer's backward
 
@@ -186,13 +186,14 @@ def full_gradient(
     loss = torch.zeros((), dtype=torch.float64)
     with _hooks(base.module, sums), _backward_down_to(base.module, list(sums.owners)), dropout_off(base.module):
         for micro_batch in micro_batches:
-            weighted = loss_sum(base.module, micro_batch.tensors) * micro_batch.weight
+            weighted = loss_sum(base.module, micro_batch.tensors, micro_batch.weight)
             weighted.backward()
             sums.end_micro_batch()
             base.release()
             loss += weighted.detach().double().cpu()
             del weighted
             progress()
+    base.release_all()
     return sums.owned, float(comm.all_sum(loss))
 
 
@@ -218,12 +219,11 @@ def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
     """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
 
     transformers' hooks on the embedding start autograd's graph there; these start it at the block's input instead.
+    Layers that do not all lie in one stack of blocks leave it at the embedding.
     """
     layers = {module.get_submodule(name) for name in names}
-    stack: list[Any] = blocks(module)
-    holding = [i for i, block in enumerate(stack) if layers & set(block.modules())]
-    inside = sum(len(layers & set(block.modules())) for block in stack)
-    below = stack[: holding[0]] if holding and inside == len(layers) else []
+    stack: list[Any] = next((list(s) for s in stacks(module) if layers <= set(s.modules())), [])
+    below = list(takewhile(lambda block: not layers & set(block.modules()), stack))
     if not below:
         yield
         return

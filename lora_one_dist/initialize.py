@@ -9,7 +9,7 @@ report row per layer.  Runs on every rank.  Phases, for each of ``layer_groups``
 
 A group that is done can be kept on disk (:class:`Kept`): a run that failed after it does not repeat it.
 
-Peak bytes per rank: phase 1 as in :mod:`lora_one_dist.gradient`; phase 2 the owned matrices plus one SVD
+Peak bytes per rank: phase 1 as in :mod:`lora_one_dist.planner`; phase 2 the owned matrices plus one SVD
 (:mod:`lora_one_dist.spectral`); the pairs themselves are ``4 r sum(m + n)``.
 """
 
@@ -297,7 +297,7 @@ def batch_loss(base: Base, micro_batches: Sequence[MicroBatch]) -> float:
     loss = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), dropout_off(base.module):
         for micro_batch in micro_batches:
-            loss += (loss_sum(base.module, micro_batch.tensors) * micro_batch.weight).double().cpu()
+            loss += loss_sum(base.module, micro_batch.tensors, micro_batch.weight).double().cpu()
     return float(comm.all_sum(loss))
 
 

@@ -29,7 +29,7 @@ LOSS_COPIES = 3  # of some rows of the logits in fp32, while the loss is taken
 GLOO_SEGMENT_BYTES = 2**20  # gloo's kMaxSegmentSize
 FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
 NEARLY = 1.02  # times the least peak that a setting can reach: good enough, where it costs less
-OFFLOAD = "ds_configs/zero3_offload.json"
+PARTITION, OFFLOAD = "ds_configs/zero3.json", "ds_configs/zero3_offload.json"  # of a checkout, where runs start
 
 
 PHASES = ("load", "gradient", "gather weights", "svd", "broadcast", "step")
@@ -44,7 +44,8 @@ class Shape:
     """In parameters below ``stage3_param_persistence_threshold``: ZeRO-3 keeps a second, whole copy of them."""
     largest_tensor: int
     largest_block: int
-    embedding: int
+    lookup_only: int
+    """In the embedding, unless the output head multiplies by it too."""
     hidden: int
     intermediate: int
     layers: int
@@ -103,7 +104,8 @@ class Prediction:
 
 def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: int) -> Shape:
     """Of a transformers model; its parameters may be on the meta device."""
-    config = skeleton.config
+    config = skeleton.config.get_text_config()
+    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
     hidden = config.hidden_size
@@ -112,7 +114,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         persistent=sum(size for size in sizes if size < persistence_threshold),
         largest_tensor=max(sizes),
         largest_block=max(block_sizes, default=max(sizes)),
-        embedding=skeleton.get_input_embeddings().weight.numel(),
+        lookup_only=0 if head is embedding else embedding.numel(),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
         layers=config.num_hidden_layers,
@@ -122,7 +124,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
 
 
 def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
-    """Memory, wire, operations and seconds of a run's phases.
+    """Memory, wire, operations and seconds of a run's phases.  Loading sends nothing; its seconds are the disk's.
 
     Phases: ``load``, ``gradient`` and ``svd`` (of one layer group; the methods with none have none), ``broadcast``, and
     ``step`` (one optimizer step).  Wire, operations and seconds of the first three are those of all layer groups.
@@ -184,8 +186,8 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     e, sharers = _element_size(config), _sharers(config, cluster)
     zero, tokens = _zero(config), config.train.micro_batch_size * config.data.max_length
     on_gpu = cluster.backend == "nccl"
-    offloaded = "offload_param" in zero and on_gpu
-    several = config.deepspeed.stage == 3 and sharers > 1
+    offloaded = config.deepspeed.offloads and on_gpu
+    several = config.deepspeed.stage == 3 and (sharers > 1 or offloaded)  # as model.is_partitioned
     base = {"base": 0 if offloaded else e * (shape.parameters // sharers)}
     if config.deepspeed.stage == 3:
         base["persistent"] = e * shape.persistent if several else 0
@@ -317,10 +319,10 @@ def _base_gathers(shape: Shape, config: Config, cluster: Cluster, times: float) 
 def gathers_a_pass(shape: Shape, zero: Mapping[str, Any], below: float = 0.0) -> float:
     """How often a forward and backward pass gathers the base.
 
-    Twice; but the embedding and the share ``below`` the first block that backward reaches have no backward, and what is
-    kept for reuse is gathered once.
+    Twice; but an embedding that is looked up alone and the share ``below`` the first block that backward reaches have
+    no backward, and what is kept for reuse is gathered once.
     """
-    again = 1.0 - below - (shape.embedding + kept_gathered(shape, zero)) / shape.parameters
+    again = 1.0 - below - (shape.lookup_only + kept_gathered(shape, zero)) / shape.parameters
     return 1.0 + max(0.0, again)
 
 
@@ -336,7 +338,7 @@ def _passes(samples: int, micro_batch_size: int, ranks: int) -> int:
 
 def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     """Bytes sent by all ranks together, of one start and of one optimizer step."""
-    found = {"load": Wire()}
+    found: dict[str, Wire] = {}
     r, ranks, each = config.lora.r, cluster.ranks, cluster.ranks_per_host
     zero = _zero(config)
     costs = [float(target.m * target.n) for target in shape.targets]
@@ -366,7 +368,7 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     e = _element_size(config)
     reduce = Wire(inside * 4 * share * ranks, between * 4 * share * cluster.hosts)
     gather = Wire(inside * e * share * ranks, between * e * share * cluster.hosts)
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * ranks) or 1
+    micro_batches = _passes(config.train.global_batch_size, config.train.micro_batch_size, ranks)
     times = micro_batches * gathers_a_pass(shape, zero)
     found["step"] = _base_gathers(shape, config, cluster, times) + reduce + gather
     return found
@@ -375,7 +377,7 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
 def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, float]:
     """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
     by causality; a recomputed forward counts."""
-    forward = 2.0 * tokens * (shape.parameters - shape.embedding) + 2.0 * tokens * config.data.max_length * (
+    forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + 2.0 * tokens * config.data.max_length * (
         shape.hidden * shape.layers
     )
     again = 1 if config.model.gradient_checkpointing != "none" else 0
@@ -391,7 +393,7 @@ def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> 
         columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
         owned, _ = _owned(shape, config, cluster)
         found["svd"] = 4.0 * columns * owned * len(groups)
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * cluster.ranks) or 1
+    micro_batches = _passes(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
     adapters = 6.0 * tokens * config.lora.r * shape.adapter
     found["step"] = micro_batches * (forward * (2 + again) + adapters)
     return found
@@ -423,10 +425,11 @@ def advice(shape: Shape, config: Config, cluster: Cluster) -> list[str]:
         start = f"{phase} needs {peak / 1e9:.1f} GB, {limit / 1e9:.0f} GB are there"
         alone = _alone(shape, config, cluster, phase)
         if alone:
-            found.append(f"{start}. One of these is enough: " + "; ".join(map(_text, alone)) + ".")
+            texts = [_text(change) + _in_host_memory(shape, _with(config, [change]), cluster) for change in alone]
+            found.append(f"{start}. One of these is enough: " + "; ".join(texts) + ".")
             continue
         chosen, least = _together(shape, config, cluster, phase)
-        settings = " ".join(map(_text, chosen))
+        settings = " ".join(map(_text, chosen)) + _in_host_memory(shape, _with(config, chosen), cluster)
         if least <= limit:
             found.append(f"{start}. Together enough: {settings}.")
         else:
@@ -435,8 +438,24 @@ def advice(shape: Shape, config: Config, cluster: Cluster) -> list[str]:
     return found
 
 
+def host_bytes(shape: Shape, config: Config, cluster: Cluster) -> int:
+    """What offload and host buffers take of a host's memory beside what the ranks' processes do."""
+    size = 0
+    if config.deepspeed.offloads:
+        size += _element_size(config) * (shape.parameters // _sharers(config, cluster))
+    if config.init.buffer == "host" and config.init.method != "lora":
+        size += 4 * _parts(config) * _owned(shape, config, cluster)[0]
+    return size * cluster.ranks_per_host
+
+
+def _in_host_memory(shape: Shape, config: Config, cluster: Cluster) -> str:
+    size = host_bytes(shape, config, cluster)
+    return f" ({size / 1e9:.0f} GB of each host's memory)" if size else ""
+
+
 def _text(change: Change) -> str:
-    return " ".join(f"{change[0]}.{name}={value}" for name, value in change[1].items())
+    text = " ".join(f"{change[0]}.{name}={value}" for name, value in change[1].items())
+    return f"{text} (cuts longer samples)" if change[0] == "data" else text
 
 
 def _with(config: Config, changes: Iterable[Change]) -> Config:
@@ -450,6 +469,7 @@ def _changes(config: Config) -> list[list[Change]]:
     size, length, groups = config.train.micro_batch_size, config.data.max_length, config.init.layer_groups
     return [
         [("model", {"gradient_checkpointing": "non_reentrant"})],
+        [("deepspeed", {"config": PARTITION})] if config.deepspeed.stage == 0 and os.path.isfile(PARTITION) else [],
         [("init", {"layer_groups": groups * 2**i}) for i in range(1, 7)],
         [("init", {"buffer": "host"})],
         [("train", {"micro_batch_size": size // 2**i}) for i in range(1, size.bit_length())],

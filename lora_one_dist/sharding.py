@@ -93,6 +93,11 @@ class Base:
         if self.engine is not None:
             self.engine.optimizer.release_backward_leftovers()
 
+    def release_all(self) -> None:
+        """Partition everything, also what is kept for reuse or was fetched for a pass that ended early."""
+        if self.engine is not None:
+            self.engine.optimizer.partition_all_parameters()
+
     @contextlib.contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """Hold the whole of these parameters for the block, to read.  Collective under stage 3."""
@@ -207,11 +212,16 @@ def with_fetch_sizes(zero: Mapping[str, Any], largest_block: int) -> dict[str, A
     }
 
 
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost module lists: the transformer's blocks, and of some models others.  Pure."""
+    if isinstance(model, nn.ModuleList):
+        return [model]
+    return [stack for child in model.children() for stack in stacks(child)]
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: members of the outermost module lists.  Pure."""
-    if isinstance(model, nn.ModuleList):
-        return list(model)
-    return [block for child in model.children() for block in blocks(child)]
+    return [block for stack in stacks(model) for block in stack]
 
 
 def _own_range(param: Any) -> tuple[torch.Tensor, int]:

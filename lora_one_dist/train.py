@@ -417,7 +417,7 @@ def _forward_backward(job: _Job, step: int, indices: Sequence[int], targets: int
     loss, tokens = torch.zeros((), dtype=torch.float64, device=comm.device()), 0
     _seed_dropout(job, step)
     for samples, batch in _micro_batches(job, indices):
-        part = model.loss_sum(job.base.module, batch) / targets
+        part = model.loss_sum(job.base.module, batch, 1 / targets)
         part.backward()
         job.base.release()
         loss += part.detach()

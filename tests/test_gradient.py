@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_one_dist import gradient
 from tests import models, reference
 from tests.ranks import run_ranks
 
@@ -17,15 +18,17 @@ SAMPLES = 8
 # Each value of every option occurs, and 3 ranks do not divide 8 samples.
 CASES = [
     # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average; in the place of the
-    # world size a letter for each rank's host, and then the base is sharded inside each host
+    # world size a letter for each rank's host, and then the base is sharded inside each host. Released: ZeRO-3 keeps
+    # no block for reuse, as it keeps none of most blocks of a large model.
     ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
     ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
     ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
     ("llama", 2, "stage0", "reentrant", "device", 3, 1, 1, "token"),
-    ("llama", 3, "zero3", "reentrant", "device", 3, 2, 3, "micro_batch"),
+    ("llama", 3, "zero3 released", "reentrant", "device", 3, 2, 1, "micro_batch"),
     ("llama", 4, "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
     ("qwen2", 1, "zero3", "reentrant", "host", 3, 1, 2, "token"),
-    ("qwen2", 2, "zero3", "non_reentrant", "device", 3, 1, 1, "micro_batch"),
+    ("qwen2", 2, "zero3 released", "non_reentrant", "device", 3, 1, 1, "micro_batch"),
+    ("llama", 2, "zero3 released", "none", "device", 1, 1, 1, "token"),
     ("qwen2", 3, "stage0", "non_reentrant", "host", 1, 2, 1, "token"),
     ("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"),
     ("qwen2", 4, "zero3", "reentrant", "device", 1, 2, 1, "token"),
@@ -58,7 +61,9 @@ def owned_gradients(folder, shard_group, zero_json, checkpointing, buffer, group
     """Runs on a rank: what it owns, and the loss."""
     from lora_one_dist import comm, gradient, ownership
 
-    base, targets = load_base(folder, zero_json, checkpointing, shard_group=shard_group)
+    name, _, released = zero_json.partition(" ")
+    more = {"stage3_max_reuse_distance": 0} if released else {}
+    base, targets = load_base(folder, name, checkpointing, shard_group=shard_group, **more)
     batch = gradient.deal_micro_batches(models.samples(SAMPLES), micro_batch_size, average, parts, pad_token_id=0)
     costs = [float(t.m * t.n) for t in targets]
     owned, losses = {}, []
@@ -115,15 +120,42 @@ def blocks_with_a_graph(folder, checkpointing: str, first: int):
         for block in sharding.blocks(base.module)
     ]
     gradient.full_gradient(base, layers, [0] * len(layers), batch, "device")
+    held = [p.ds_status.name for p in base.module.parameters()]
+    assert set(held) == {"NOT_AVAILABLE"}, "nothing stays gathered"
     for handle in handles:
         handle.remove()
-    embedded = base.module.get_input_embeddings()(torch.tensor([[3]]))
+    with base.gathered(base.module.parameters()):
+        embedded = base.module.get_input_embeddings()(torch.tensor([[3]]))
     return found[: len(handles)], embedded.requires_grad
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 def test_backward_ends_at_the_first_block_of_the_group(checkpointing, model_folder):
     for first in (0, 2, 3):
-        (with_graph, embedded) = run_ranks(1, blocks_with_a_graph, model_folder("llama"), checkpointing, first)[0]
+        (with_graph, embedded) = run_ranks(2, blocks_with_a_graph, model_folder("llama"), checkpointing, first)[0]
         assert with_graph == [block >= first for block in range(4)]
         assert embedded, "training starts at the embedding again"
+
+
+class BehindAnotherStack(torch.nn.Module):
+    """A model whose first module list, say of a vision tower, never runs on text."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.tower = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+        self.model = model
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.get_input_embeddings()
+
+
+def test_a_stack_in_front_that_does_not_run_is_left_alone():
+    model = models.llama().requires_grad_(False)
+    model.enable_input_require_grads()
+    whole = BehindAnotherStack(model)
+    ids = torch.arange(3, 9)[None]
+    for layers in (["model.model.layers.2.mlp.up_proj"], ["model.model.layers.0.mlp.up_proj"], ["model.lm_head"]):
+        with gradient._backward_down_to(whole, layers):
+            output = model(input_ids=ids, output_hidden_states=True)
+        assert output.logits.requires_grad
+        assert output.hidden_states[1].requires_grad == (layers[0] != "model.model.layers.2.mlp.up_proj")

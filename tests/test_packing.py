@@ -336,7 +336,7 @@ def one_step(folder, data, zero_json, checkpointings, sizes):
             for adapter in adapters:
                 adapter.A.grad = adapter.B.grad = None
             for part in batch:
-                weighted = model.loss_sum(base.module, part.tensors) * part.weight
+                weighted = model.loss_sum(base.module, part.tensors, part.weight)
                 weighted.backward()
                 base.release()
                 loss += weighted.detach().double()
