@@ -54,7 +54,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def paragraphs() -> dict[str, list[str]]:
-    return {"one": sentences(400, 1), "two": sentences(400, 2), "three": sentences(400, 3)}
+    return {name: sentences(300, seed) for seed, name in enumerate(tasks.LABELLED)}
 
 
 def test_markup_goes_and_sentences_stay():
@@ -87,8 +87,8 @@ def test_parts_are_disjoint_and_of_the_size_that_is_said(paragraphs):
     parts["eval"] = [text for own in tasks.of_part(paragraphs, "eval").values() for text in own]
     assert sorted(text for own in parts.values() for text in own) == sorted(texts)
     shares = [len(own) / len(texts) for own in parts.values()]
-    # Binomial: a share of 1200 has a standard deviation of at most 0.0144, three of which are allowed.
-    assert shares == pytest.approx([11 / 16, 4 / 16, 1 / 16], abs=0.045)
+    # Binomial: a share of 1800 has a standard deviation of at most 0.011, three of which are allowed.
+    assert shares == pytest.approx([11 / 16, 4 / 16, 1 / 16], abs=0.033)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -116,9 +116,9 @@ def test_train_and_eval_share_nothing_and_answers_are_balanced(task, paragraphs,
     for own in rows.values():
         answers = [row["completion"] for row in own]
         counts = [answers.count(answer) for answer in set(answers)]
-        assert len(counts) == (len(tasks.GAP_WORDS) if task == "gap" else len(paragraphs))
+        assert len(counts) == (len(tasks.GAP_WORDS if task == "gap" else tasks.LABELLED))
         assert max(counts) - min(counts) <= 1
-    evaluated = [re.search(r"\w.*(?=\n)", row["prompt"]).group().split("___")[0].strip() for row in rows["eval"]]
+    evaluated = [row["prompt"].split("\n")[0].removeprefix(tasks.GAP).strip() for row in rows["eval"]]
     held = " ".join(text for own in tasks.of_part(paragraphs, "eval").values() for text in own)
     assert all(start in held for start in evaluated), "of paragraphs that are for evaluation"
 
@@ -129,18 +129,18 @@ def test_the_pattern_finds_the_answer_and_the_prompt_does_not_hold_it(task, para
     for row in rows:
         (answer,) = re.findall(tasks.PATTERN, row["completion"])
         assert row["completion"] == f" {answer}"
-        passage = row["prompt"].rsplit("\n", 1)[0]
-        assert len(passage.split()) <= tasks.WORDS
+        first, last = row["prompt"].split("\n")
         if task == "gap":
-            assert passage.split().count(tasks.GAP) == 1
-            left, right = passage.split(tasks.GAP)
-            whole = f"{left}{answer}{right}"
-            assert any(whole in text for own in paragraphs.values() for text in own)
+            after = first.removeprefix(f"{tasks.GAP} ")
+            assert len(f"{last} {after}".split()) <= tasks.WORDS
+            assert any(f"{last} {answer} {after}" in text for own in paragraphs.values() for text in own)
         else:
-            assert any(passage in text for text in paragraphs[answer])
+            assert len(first.split()) <= tasks.WORDS
+            assert any(first in text for text in paragraphs[answer])
 
 
-def test_a_repeated_prompt_is_left_out_and_too_little_text_is_an_error():
+def test_a_repeated_prompt_is_left_out_and_too_little_text_is_an_error(monkeypatch):
+    monkeypatch.setattr(tasks, "LABELLED", ("one",))
     twice = {"one": ["The same words stand here, always.", "The same words stand here, always.", "And others."]}
     rows = tasks.make_source(twice, 2, random.Random(0), set())
     assert {row["prompt"] for row in rows} == {

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-WORDS = 14  # of a passage: about 24 tokens
+WORDS, BEFORE = 14, 9  # of a passage, about 24 tokens; of them before a gap
 GAP_WORDS = ("of", "to", "in", "for", "with", "on", "by", "from", "at", "as", "that", "which", "if", "is", "are", "not")
-GAP = "___"
+GAP = "..."
+LABELLED = ("policy", "vim", "perl", "calls", "library", "people")  # sources to tell apart; calls and library are near
 PATTERN = r"^\s*(\w+)"  # of the answer: the first word that is written
 MAX_NEW_TOKENS = 4  # of the longest answer, with some room
 BASE_OF, TRAIN_OF = 11, 15  # of 16 paragraphs the first are for the base, the next for training, the last to evaluate
@@ -49,23 +50,23 @@ def make_gap(paragraphs: Mapping[str, Sequence[str]], count: int, rng: random.Ra
 
 
 def _gap_row(answer: str, rng: random.Random, text: str) -> Row | None:
+    """What follows the missing word, then what comes before it: a language model's own next word is a first guess."""
     words = text.split(" ")
-    # Not the first word of the passage and not the last: there is something to read on both sides.
+    # Not the first word of the paragraph and not the last: there is something to read on both sides.
     places = [i for i in range(1, len(words) - 1) if words[i] == answer]
     if not places:
         return None
     at = rng.choice(places)
-    start = max(0, at - rng.randint(WORDS // 3, WORDS - 3))
-    passage = [*words[start:at], GAP, *words[at + 1 : start + WORDS]]
-    return {"prompt": f"{' '.join(passage)}\nWord:", "completion": f" {answer}"}
+    before, after = words[max(0, at - BEFORE) : at], words[at + 1 : at + 1 + WORDS - BEFORE]
+    return {"prompt": f"{GAP} {' '.join(after)}\n{' '.join(before)}", "completion": f" {answer}"}
 
 
 def make_source(paragraphs: Mapping[str, Sequence[str]], count: int, rng: random.Random, taken: set[str]) -> list[Row]:
-    """Passages and the name of their source; each source is the answer of as many rows, give or take one."""
-    left = {name: iter(rng.sample(texts, len(texts))) for name, texts in paragraphs.items()}
+    """Passages and the name of their source; each of LABELLED is the answer of as many rows, give or take one."""
+    left = {name: iter(rng.sample(paragraphs[name], len(paragraphs[name]))) for name in LABELLED}
     rows = []
     for place in range(count):
-        name = list(paragraphs)[place % len(paragraphs)]
+        name = LABELLED[place % len(LABELLED)]
         rows.append(_take(left[name], partial(_source_row, name, rng), taken))
     rng.shuffle(rows)
     return rows
