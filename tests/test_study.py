@@ -154,7 +154,8 @@ def test_a_repeated_prompt_is_left_out_and_too_little_text_is_an_error(monkeypat
 def final(method: str, values: list[float]) -> dict:
     mean = sum(values) / len(values)
     spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-    return {"method": method, "eval_loss": mean, "eval_loss_spread": spread, "seeds": len(values)}
+    exact = {"exact_match": -mean, "exact_match_spread": spread}
+    return {"method": method, "eval_loss": mean, "eval_loss_spread": spread, **exact, "seeds": len(values)}
 
 
 def test_a_gap_below_two_standard_errors_is_a_tie():
@@ -165,14 +166,15 @@ def test_a_gap_below_two_standard_errors_is_a_tie():
         final("near", [1.15, 1.25, 1.35]),
         final("once", [1.5]),
     ]
-    found = {row["against"]: row for row in report.verdicts(rows, "LoRA-One")}
+    found = {row["against"]: row for row in report.verdicts(rows, "LoRA-One", "eval_loss")}
+    assert found == {row["against"]: row for row in report.verdicts(rows, "LoRA-One", "exact_match")}, "more is better"
     assert {name: row["verdict"] for name, row in found.items()} == {
         "worse": "wins",
         "better": "loses",
         "near": "tie",
-        "once": "one seed: not decided",
+        "once": "not decided: one seed",
     }
-    assert found["worse"]["lower loss by"] == pytest.approx(0.5)
+    assert found["worse"]["better by"] == pytest.approx(0.5)
     assert found["worse"]["standard error"] == pytest.approx((2 * 0.01 / 3) ** 0.5)
 
 

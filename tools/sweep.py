@@ -76,9 +76,9 @@ class Point:
         return self.folder.with_name(self.name + ".log")
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run has written at its end, if its config was this one."""
+        """What the run has written at its end, if its resolved config was this one."""
         try:
-            if load_config(self.folder / "config.yaml") != self.config:
+            if (self.folder / "config.yaml").read_text(encoding="utf-8") != self.config.to_yaml():
                 return None
             return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

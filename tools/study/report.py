@@ -39,7 +39,7 @@ def write(study: Study, facts: Mapping[str, Any], results: Path) -> None:
         if not final:
             parts.append(f"## Task {task}\n\nNo run is done.")
             continue
-        found["tasks"][task]["verdicts"] = verdicts(final, "LoRA-One")
+        found["tasks"][task]["verdicts"] = {measure: verdicts(final, "LoRA-One", measure) for measure in MEASURES}
         parts.append(task_text(study, task, found["tasks"][task]))
         plot_rates(study, task, results / f"rates-{task}.png")
         plot_curves(study, task, results / f"curves-{task}.png")
@@ -103,24 +103,26 @@ def final_rows(study: Study, task: str) -> list[dict[str, Any]]:
     return found
 
 
-def verdicts(final: Sequence[Mapping[str, Any]], of: str) -> list[dict[str, Any]]:
-    """For each other method: does ``of`` win, tie or lose in held-out loss?
+def verdicts(final: Sequence[Mapping[str, Any]], of: str, measure: str) -> list[dict[str, Any]]:
+    """For each other method: does ``of`` win, tie or lose?
 
     A tie: the means differ by less than twice the standard error of their difference, from the spreads over seeds.
     """
     own = next((row for row in final if row["method"] == of), None)
+    sign = 1 if measure in sweep_report.HIGHER_IS_BETTER else -1
     found = []
     for row in final:
         if own is None or row is own:
             continue
-        gap = row["eval_loss"] - own["eval_loss"]
-        spreads = [r["eval_loss_spread"] for r in (own, row)]
-        if None in spreads:
-            verdict, error = "one seed: not decided", None
-        else:
-            error = math.sqrt(sum(spread**2 / r["seeds"] for spread, r in zip(spreads, (own, row), strict=True)))
+        gap = sign * (own[measure] - row[measure])
+        pair = [(r[f"{measure}_spread"], r["seeds"]) for r in (own, row)]
+        error, verdict = None, "not decided: one seed"
+        if all(spread is not None for spread, _ in pair):
+            error = math.sqrt(sum(spread**2 / seeds for spread, seeds in pair))
             verdict = "tie" if abs(gap) < 2 * error else "wins" if gap > 0 else "loses"
-        found.append({"against": row["method"], "lower loss by": gap, "standard error": error, "verdict": verdict})
+        found.append(
+            {"of": of, "against": row["method"], "better by": gap, "standard error": error, "verdict": verdict}
+        )
     return found
 
 
@@ -150,9 +152,9 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
             "method": row["method"],
             "best lr": f"{row['lr']:g}" + (" (edge)" if row["at_edge"] else ""),
             "loss": f"{row['eval_loss']:.4f}",
-            "± ": _spread(row["eval_loss_spread"], 4),
+            "loss ±": _spread(row["eval_loss_spread"], 4),
             "exact match": f"{row['exact_match']:.3f}",
-            "±": _spread(row["exact_match_spread"], 3),
+            "exact match ±": _spread(row["exact_match_spread"], 3),
             "seeds": row["seeds"],
         }
         for row in found["final"]
@@ -162,15 +164,6 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
     for method in dict.fromkeys(row["method"] for row in found["sweep"]):
         own = {row["optim.lr"]: row["eval_loss"] for row in found["sweep"] if row["method"] == method}
         swept.append({"method": method, **{f"{rate:g}": f"{own[rate]:.3f}" if rate in own else "" for rate in rates}})
-    compared = [
-        {
-            "LoRA-One against": row["against"],
-            "lower loss by": f"{row['lower loss by']:+.4f}",
-            "standard error": _spread(row["standard error"], 4),
-            "": row["verdict"],
-        }
-        for row in found["verdicts"]
-    ]
     parts = [
         f"## Task {task}",
         f"Before: loss {before['eval_loss']:.4f}, exact match {before['exact_match']:.3f}. Mean and standard deviation "
@@ -179,7 +172,17 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
         "Held-out loss by learning rate, seed 0:",
         sweep_report.markdown(swept),
     ]
-    parts += ["Wins and losses in held-out loss:", sweep_report.markdown(compared)] if compared else []
+    for measure, rows in found["verdicts"].items():
+        shown = [
+            {
+                f"{row['of']} against": row["against"],
+                "better by": f"{row['better by']:+.4f}",
+                "standard error": _spread(row["standard error"], 4),
+                "": row["verdict"],
+            }
+            for row in rows
+        ]
+        parts += [f"Wins and losses in held-out {MEASURES[measure]}:", sweep_report.markdown(shown)] if shown else []
     if found["missing"]:
         parts.append("Missing runs:\n\n" + "\n".join(f"- {line}" for line in found["missing"]))
     return "\n\n".join(parts)

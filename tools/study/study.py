@@ -127,17 +127,21 @@ class Study:
     def __init__(self, out: Path, budget: Budget, methods: Sequence[str], at_once: int):
         self.out, self.budget, self.methods, self.at_once = out, budget, methods, at_once
         self.failed: dict[str, str] = {}
+        self.points: dict[tuple[str, str, float, int], sweep.Point] = {}
 
     def point(self, task: str, method: str, rate: float, seed: int) -> sweep.Point:
-        chosen = {**METHODS[method].settings, "optim.lr": repr(rate), "train.seed": str(seed)}
-        return sweep.make_point(
-            self.out / f"{task}.yaml",
-            self.out / "runs" / task,
-            chosen,
-            ["optim.lr", "train.seed"],
-            METHODS[method].script,
-            {"method": method},
-        )
+        key = (task, method, rate, seed)
+        if key not in self.points:
+            chosen = {**METHODS[method].settings, "optim.lr": repr(rate), "train.seed": str(seed)}
+            self.points[key] = sweep.make_point(
+                self.out / f"{task}.yaml",
+                self.out / "runs" / task,
+                chosen,
+                ["optim.lr", "train.seed"],
+                METHODS[method].script,
+                {"method": method},
+            )
+        return self.points[key]
 
     def rates(self, method: str) -> tuple[float, ...]:
         """The middle rates of the method's grid."""
@@ -171,8 +175,8 @@ class Study:
         return {dict(cell.group)["method"]: cell.x for cell in sweep_report.best(cells, "eval_loss")}
 
     def coverage_points(self, task: str) -> list[sweep.Point]:
-        """Initialisations alone, of few samples and of more."""
-        settings = METHODS["LoRA-One"].settings
+        """Initialisations alone, of few samples and of more, at a rank that shows as many singular values."""
+        settings = {**METHODS["LoRA-One"].settings, "lora.r": str(max(map(int, report.COVERAGE_SHOWN)))}
         return [
             sweep.make_point(
                 self.out / f"{task}.yaml",
@@ -207,22 +211,30 @@ def main() -> int:
     args = parser.parse_args()
     sweep.interrupt_on_sigterm()
     budget = BUDGETS[args.budget]
-    facts = base.make(args.out / "packages", args.out / "base", budget.base_steps)
-    paragraphs = corpus.paragraphs(args.out / "packages")
-    tasks.write(paragraphs, args.out / "data", budget.train_rows, budget.eval_rows, seed=0)
-    for task in tasks.TASKS:
-        write_config(args.out, task, budget)
-    if args.base_only:
-        return 0
     study = Study(args.out, budget, list(METHODS), args.at_once)
-    if not args.report_only:
-        try:
+    try:
+        facts = base.make(args.out / "packages", args.out / "base", budget.base_steps)
+        if not args.report_only:
+            prepare(args.out, budget)
+            if args.base_only:
+                return 0
             study.run()
-        except KeyboardInterrupt:
-            print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
-            return sweep.INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
+        return sweep.INTERRUPTED
+    except (corpus.CorpusError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return sweep.BAD_CONFIG
     report.write(study, facts, args.results)
     return 1 if study.failed else 0
+
+
+def prepare(out: Path, budget: Budget) -> None:
+    """The tasks' data and the config that their runs start from."""
+    paragraphs = corpus.paragraphs(out / "packages")
+    tasks.write(paragraphs, out / "data", budget.train_rows, budget.eval_rows, seed=0)
+    for task in tasks.TASKS:
+        write_config(out, task, budget)
 
 
 if __name__ == "__main__":
