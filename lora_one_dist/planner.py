@@ -158,13 +158,14 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
 def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     """Elements that ZeRO-3 holds whole at one time.
 
-    What it keeps for reuse; and a block and what is fetched ahead, to the end of a tensor: these twice, as the flat
-    buffer of a gathering and as the tensors cut from it.
+    What it keeps for reuse; and the larger of two moments, measured: the largest tensor beside a block, each as the flat
+    buffer of its gathering and as what is cut from it; or a block so, and what is fetched ahead, three times.
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
-    bucket = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
-    once = shape.largest_block + (bucket + shape.largest_tensor if bucket else 0)
-    return min(shape.parameters + once, kept_gathered(shape, zero) + 2 * once)
+    ahead = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
+    block, tensor = shape.largest_block, shape.largest_tensor
+    most = kept_gathered(shape, zero) + max(2 * (block + tensor), 2 * block + 3 * ahead)
+    return min(shape.parameters + block + ahead, most)
 
 
 def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:

@@ -25,8 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import hosts as virtual
-from tests import jobs
-from tests.ranks import run_ranks
+from tests import jobs, ranks
 from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
@@ -37,6 +36,7 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
     "1B": (2048, 5504, 18, 16, 16, 32000),
 }
 STEPS, LENGTH, R = 5, 32, 8
+LONGEST_SECONDS = 1200  # of a run
 CHECKED = ("load", "gradient", "svd", "broadcast", "step")
 MIB = 2**20
 
@@ -180,7 +180,7 @@ def on_separate_hosts(raw: dict[str, Any], folder: Path, hosts: int, ranks_per_h
             made, hosts, ranks_per_host, folder / "separate.log", Path(__file__), "--child", out, "--config", config
         )
         try:
-            ended = job.wait(600)
+            ended = job.wait(LONGEST_SECONDS)
         finally:
             job.end()
     if ended != [0]:
@@ -210,6 +210,7 @@ def main() -> None:
         child(arguments.config, arguments.child)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ranks.TIMEOUT_SECONDS = LONGEST_SECONDS
     # Hosts, ranks a host, shard group: on one host the two groups are the same ranks.
     jobs_asked = [(1, 2, "world"), (2, 2, "world"), (2, 2, "node")]
     names = arguments.models.split(",")
@@ -229,7 +230,7 @@ def main() -> None:
                     measured = on_separate_hosts(raw, folder, hosts, each)
                 else:
                     hostnames = [f"h{i // each}" for i in range(hosts * each)]
-                    measured = run_ranks(hosts * each, measure, raw, False, hosts=hostnames)[0]
+                    measured = ranks.run_ranks(hosts * each, measure, raw, False, hosts=hostnames)[0]
                 found = compare(measured, prediction, separate)
                 about = {"model": name, "ranks": f"{hosts}x{each}", "shard_group": group}
                 for row in found:
