@@ -158,8 +158,8 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
 def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     """Elements that ZeRO-3 holds whole at one time.
 
-    What it keeps for reuse; and the larger of two moments, measured: the largest tensor beside a block, each as the flat
-    buffer of its gathering and as what is cut from it; or a block so, and what is fetched ahead, three times.
+    What it keeps for reuse; and the larger of two moments, measured: the largest tensor beside a block, each as the
+    flat buffer of its gathering and as what is cut from it; or a block so, and three times what is fetched ahead.
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
     ahead = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
