@@ -144,18 +144,21 @@ def test_a_run_that_has_another_config_now_is_not_done(tmp_path, script):
     assert point.summary() is None
 
 
-def test_interrupt_ends_the_runs_and_nothing_else(tmp_path, script):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_runs_and_nothing_else(tmp_path, script, number):
     points = sweep.make_points(DEMO, tmp_path, sweep.expand(["train.seed=99", "optim.lr=1e-3,2e-3,3e-3"]), script)
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
     def interrupt() -> None:
         while not all((point.folder / "started").exists() and starts(point) for point in points[:2]):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sweep.sigterm_interrupts():
         sweep.run(points, at_once=2, say=lambda line: None)
+    assert signal.getsignal(signal.SIGTERM) is before
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
