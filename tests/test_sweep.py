@@ -144,20 +144,23 @@ def test_a_run_that_has_another_config_now_is_not_done(tmp_path, script):
     assert point.summary() is None
 
 
-def test_interrupt_ends_the_runs_and_nothing_else(tmp_path, script):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_runs_and_nothing_else(tmp_path, script, number):
     points = sweep.make_points(DEMO, tmp_path, sweep.expand(["train.seed=99", "optim.lr=1e-3,2e-3,3e-3"]), script)
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
     def interrupt() -> None:
         while not all((point.folder / "started").exists() and starts(point) for point in points[:2]):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may ignore it
+    # A suite that runs in the background may have been told to ignore SIGINT.
+    on_interrupt, on_term = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), sweep.sigterm_interrupts():
         sweep.run(points, at_once=2, say=lambda line: None)
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, on_interrupt)
+    assert signal.getsignal(signal.SIGTERM) is on_term
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()

@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -312,22 +312,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def interrupt_on_sigterm() -> None:
-    """SIGTERM ends a sweep as Ctrl-C does."""
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM ends a sweep as Ctrl-C does."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:
     args = parse()
-    interrupt_on_sigterm()
     try:
         explicit = read_points(args.points) if args.points else [{}]
         points = make_points(args.config, args.out, expand(args.settings, explicit))
-        failed = run(points, args.at_once, args.ranks)
+        with sigterm_interrupts():
+            failed = run(points, args.at_once, args.ranks)
     except SweepError as error:
         print(f"nothing was started:\n{error}", file=sys.stderr)
         return BAD_CONFIG

@@ -209,7 +209,6 @@ def main() -> int:
     parser.add_argument("--base_only", action="store_true", help="stop when base and data are made")
     parser.add_argument("--report_only", action="store_true", help="run nothing")
     args = parser.parse_args()
-    sweep.interrupt_on_sigterm()
     budget = BUDGETS[args.budget]
     study = Study(args.out, budget, list(METHODS), args.at_once)
     try:
@@ -218,7 +217,8 @@ def main() -> int:
             prepare(args.out, budget)
             if args.base_only:
                 return 0
-            study.run()
+            with sweep.sigterm_interrupts():
+                study.run()
     except KeyboardInterrupt:
         print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
         return sweep.INTERRUPTED
