@@ -155,17 +155,19 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)))
 
 
-def gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
+def gathered(shape: Shape, zero: Mapping[str, Any], recorded: bool) -> int:
     """Elements that ZeRO-3 holds whole at one time.
 
-    What it keeps for reuse; and the larger of two moments, measured: the largest tensor beside a block, each as the
-    flat buffer of its gathering and as what is cut from it; or a block so, and three times what is fetched ahead.
+    What it keeps for reuse; the largest tensor beside a block, and what it may fetch ahead beside the tensor, each
+    twice: as the flat buffer of a gathering and as what is cut from it; and a block more (measured) once it has
+    ``recorded`` the order of a pass, which the few passes of an initialisation hardly do.
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
-    ahead = int(min(zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"]))
-    block, tensor = shape.largest_block, shape.largest_tensor
-    most = kept_gathered(shape, zero) + max(2 * (block + tensor), 2 * block + 3 * ahead)
-    return min(shape.parameters + block + ahead, most)
+    kept, block, tensor = kept_gathered(shape, zero), shape.largest_block, shape.largest_tensor
+    bucket, live = int(zero["stage3_prefetch_bucket_size"]), int(zero["stage3_max_live_parameters"])
+    ahead = min(bucket, max(0, live - kept - tensor))
+    most = kept + 2 * (block + tensor + ahead) + (block if recorded else 0)
+    return min(shape.parameters + block + bucket, most)
 
 
 def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
@@ -192,17 +194,18 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     base = {"base": 0 if offloaded else e * (shape.parameters // sharers)}
     if config.deepspeed.stage == 3:
         base["persistent"] = e * shape.persistent if several else 0
-    passes = base | {
-        "gathered": e * gathered(shape, zero) if several else 0,
-        **_activations(shape, tokens, e, config.model.gradient_checkpointing != "none"),
-    }
+    activations = _activations(shape, tokens, e, config.model.gradient_checkpointing != "none")
+    first, later = (
+        base | {"gathered": e * gathered(shape, zero, recorded) if several else 0, **activations}
+        for recorded in (False, True)
+    )
     staging = SLAB_BYTES if on_gpu else 0
     largest = e * shape.largest_tensor if several else 0
     found = {"load": base | {"largest_tensor": largest, "staging": staging}}
     r = config.lora.r
     pairs = 4 * r * shape.adapter
     if config.init.method in GRADIENT_METHODS:
-        found["gradient"] = passes | gradient_terms(shape, config, cluster, tokens)
+        found["gradient"] = first | gradient_terms(shape, config, cluster, tokens)
     if config.init.method != "lora":
         owned, largest_owned = _owned(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
@@ -214,7 +217,7 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
     kept = pairs if config.init.method in COMPENSATED_METHODS else 0
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
-    found["step"] = passes | states | ({"compensated pairs": kept} if kept else {})
+    found["step"] = later | states | ({"compensated pairs": kept} if kept else {})
     return found
 
 

@@ -32,21 +32,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_model(folder: Path, shape: tuple[int, ...]) -> int:
-    """Write a Llama with random weights and a tokenizer of one token a word (w3, w4, ...).
+def model_config(shape: tuple[int, ...]) -> Any:
+    """A Llama's.  shape: hidden, intermediate, layers, heads, key/value heads, words."""
+    from transformers import LlamaConfig
 
-    Args:
-        shape: hidden, intermediate, layers, heads, key/value heads, words.
-
-    Returns:
-        The number of parameters.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
     hidden, intermediate, layers, heads, groups, words = shape
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=words,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -56,9 +47,25 @@ def make_model(folder: Path, shape: tuple[int, ...]) -> int:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
+
+
+def make_model(folder: Path, shape: tuple[int, ...]) -> int:
+    """Write a Llama with random weights and a tokenizer of one token a word (w3, w4, ...).
+
+    Args:
+        shape: as :func:`model_config` takes it.
+
+    Returns:
+        The number of parameters.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = model_config(shape)
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, config.vocab_size)}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -2,6 +2,7 @@
 
     python tools/bench/phases.py              three models, 1 host of 2 ranks and 2 of 2, both shard groups
     python tools/bench/phases.py --short      one model, 2 hosts of 2 ranks, shard group node, for make bench
+    python tools/bench/phases.py --replan     runs nothing: the last measured rows beside the planner as it is now
 
 Each row is a real run (launch/train.py's road) on ranks of this machine, over gloo in fp32.  Memory is the peak of live
 tensor bytes of the fullest rank, load to training; wire is what the kernel counted on the ranks' interfaces, headers
@@ -35,6 +36,8 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
     "700M": (1536, 4096, 24, 12, 12, 4096),
     "1B": (2048, 5504, 18, 16, 16, 32000),
 }
+JOBS = [(1, 2, "world"), (2, 2, "world"), (2, 2, "node")]  # hosts, ranks a host, group: one host's two are the same
+ZERO = {"stage3_max_reuse_distance": 0}  # its default would keep all of models as small as these
 STEPS, LENGTH, R = 5, 32, 8
 LONGEST_SECONDS = 1200  # of a run
 CHECKED = ("load", "gradient", "svd", "broadcast", "step")
@@ -143,9 +146,9 @@ def predicted(raw: dict[str, Any], hosts: int, ranks_per_host: int) -> Any:
     from lora_one_dist import config, model, planner
 
     settings = config.parse_config(raw)
-    plan = model.plan(Path(settings.model.path), settings.model, settings.lora, R)
-    threshold = settings.deepspeed.policy()["zero_optimization"]["stage3_param_persistence_threshold"]
-    shape = planner.shape_of(plan.skeleton, plan.targets, threshold)
+    skeleton = model.build_skeleton(settings.model, Path(settings.model.path))
+    threshold = settings.deepspeed.zero["stage3_param_persistence_threshold"]
+    shape = planner.shape_of(skeleton, model.find_targets(skeleton, settings.lora), threshold)
     return planner.predict(shape, settings, planner.Cluster(hosts, ranks_per_host, backend="gloo"))
 
 
@@ -199,10 +202,44 @@ def child(config: Path, out: Path) -> None:
     comm.shutdown()
 
 
+def replan(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    """A row for each run that was measured last: its peaks, and the ratios to what the planner says now."""
+    last: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for line in harness.RESULTS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["bench"] == "phases" and row["model"] in names:
+            last.setdefault((row["model"], row["ranks"], row["shard_group"]), {})[row["phase"]] = row
+    rows = []
+    for (name, ranks_of, group), phases in sorted(last.items()):
+        hosts, each = map(int, ranks_of.split("x"))
+        if (hosts, each, group) not in JOBS:
+            continue
+        (folder / name).mkdir(exist_ok=True)
+        harness.model_config(MODELS[name]).save_pretrained(folder / name)
+        prediction = predicted(write_run(folder, name, hosts * each, group, ZERO), hosts, each)
+        separate = phases["step"]["separate"]
+        kinds = ("inside", "between") if separate else ("all",)
+        measured = {
+            phase: {"peak": row["peak MiB"] * MIB, **{k: row[f"{k} MiB"] * MIB for k in kinds}}
+            for phase, row in phases.items()
+        }
+        if not separate:
+            measured = {phase: {**row, "inside": row["all"], "between": 0} for phase, row in measured.items()}
+        found = {row["phase"]: row for row in compare(measured, prediction, separate)}
+        shown = {"run": f"{name}, {ranks_of}, {group}", "commit": phases["step"]["commit"].removesuffix("-dirty")}
+        shown["peak MiB"] = ", ".join(f"{found[phase]['peak MiB']:.0f}" for phase in CHECKED)
+        shown["over planned"] = ", ".join(f"{found[phase]['peak ratio']:.2f}" for phase in CHECKED)
+        for phase in ("gradient", "broadcast", "step"):
+            shown[f"{phase} wire"] = " ".join(f"{found[phase][f'{kind} ratio']:.2f}" for kind in kinds)
+        rows.append(shown)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="500M,700M,1B")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--replan", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     arguments, _ = parser.parse_known_args()  # the launcher adds --local_rank
@@ -211,20 +248,20 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ranks.TIMEOUT_SECONDS = LONGEST_SECONDS
-    # Hosts, ranks a host, shard group: on one host the two groups are the same ranks.
-    jobs_asked = [(1, 2, "world"), (2, 2, "world"), (2, 2, "node")]
-    names = arguments.models.split(",")
+    jobs_asked, names = JOBS, arguments.models.split(",")
     if arguments.short:
-        jobs_asked, names = [(2, 2, "node")], ["120M"]
-    zero = {"stage3_max_reuse_distance": 0}  # its default would keep all of models as small as these
+        jobs_asked, names = JOBS[-1:], ["120M"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if arguments.replan:
+            print(harness.table(replan(folder, names)))
+            return
         for name in names:
             parameters = harness.make_model(folder / name, MODELS[name])
             for hosts, each, group in jobs_asked:
                 separate = hosts > 1 and not virtual.unavailable()
-                raw = write_run(folder, name, hosts * each, group, zero)
+                raw = write_run(folder, name, hosts * each, group, ZERO)
                 prediction = predicted(raw, hosts, each)
                 if separate:
                     measured = on_separate_hosts(raw, folder, hosts, each)
