@@ -206,6 +206,8 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     pairs = 4 * r * shape.adapter
     if config.init.method in GRADIENT_METHODS:
         found["gradient"] = first | gradient_terms(shape, config, cluster, tokens)
+        if several and _init_passes(config, cluster) == 1:
+            found["gradient"]["gathered"] = _gathered_once(shape, zero, e, found["gradient"])
     if config.init.method != "lora":
         owned, largest_owned = _owned(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
@@ -219,6 +221,16 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
     found["step"] = later | states | ({"compensated pairs": kept} if kept else {})
     return found
+
+
+def _gathered_once(shape: Shape, zero: Mapping[str, Any], e: int, terms: Mapping[str, int]) -> int:
+    """Bytes of ``gathered`` where each rank runs one micro-batch.
+
+    The order of a pass is not known yet, so nothing is fetched ahead; and the owner's sums are whole only where
+    backward ends, far from the largest tensor.
+    """
+    at_the_end = e * (kept_gathered(shape, zero) + 2 * shape.largest_block)
+    return at_the_end + max(0, 2 * e * shape.largest_tensor - terms["owned"] - terms["in_flight"])
 
 
 def _activations(shape: Shape, tokens: int, e: int, checkpointing: bool) -> dict[str, int]:
@@ -335,6 +347,12 @@ def _below(shape: Shape, group: Sequence[int]) -> float:
     return group[0] * shape.layers // len(shape.targets) * shape.largest_block / shape.parameters
 
 
+def _init_passes(config: Config, cluster: Cluster) -> int:
+    """Micro-batches that each rank runs for each part of the init batch."""
+    samples = -(-config.init.num_samples // _parts(config))
+    return _passes(samples, config.train.micro_batch_size, cluster.ranks)
+
+
 def _passes(samples: int, micro_batch_size: int, ranks: int) -> int:
     """Micro-batches that each rank runs."""
     return -(-samples // (micro_batch_size * ranks))
@@ -349,8 +367,7 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     groups = ownership.split(costs, config.init.layer_groups)
     gradient, broadcast = Wire(), Wire()
     if config.init.method in GRADIENT_METHODS:
-        parts = _parts(config)
-        passes = parts * _passes(-(-config.init.num_samples // parts), config.train.micro_batch_size, ranks)
+        passes = _parts(config) * _init_passes(config, cluster)
     for group in groups:
         owners = ownership.assign([costs[i] for i in group], ranks)
         if config.init.method in GRADIENT_METHODS:
@@ -389,7 +406,7 @@ def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> 
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
     parts, found = _parts(config), {}
     if config.init.method in GRADIENT_METHODS:
-        passes = parts * _passes(-(-config.init.num_samples // parts), config.train.micro_batch_size, cluster.ranks)
+        passes = parts * _init_passes(config, cluster)
         back = sum(1.0 - _below(shape, group) for group in groups)
         found["gradient"] = passes * (forward * (len(groups) + (1 + again) * back) + weights)
     if config.init.method != "lora":
