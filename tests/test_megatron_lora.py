@@ -143,9 +143,8 @@ def test_names_and_shapes_are_bridges(form, folders):
 
 
 def case(name: str, form: str, tp: int, pp: int = 1, family: str = "llama3"):
-    """The default suite runs one of these: each takes 10 s of imports."""
-    default = (name, form, tp, pp, family) == ("all", "canonical", 2, 1, "llama3")
-    return pytest.param(name, form, tp, pp, family, marks=[] if default else pytest.mark.full)
+    """Each takes 10 s of imports."""
+    return pytest.param(name, form, tp, pp, family, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize(
