@@ -190,6 +190,15 @@ def test_a_plan_that_fits():
     assert done.stdout.rstrip().endswith("every phase fits")
 
 
+def test_seconds_of_cpu_ranks_are_not_guessed():
+    asked = ("plan", "--model", "tools/shapes/llama-2-7b", "--backend", "gloo")
+    assert "tokens a second" not in (guessed := tool.run(*asked).stdout)
+    assert "no seconds: give what these machines reach" in guessed
+    slow, fast = (tool.run(*asked, "--tflops", tflops).stdout for tflops in (1, 2))
+    speeds = [float(re.search(r"(\d+) tokens a second", text)[1]) for text in (slow, fast)]
+    assert speeds[1] == pytest.approx(2 * speeds[0], rel=0.01), "where operations take nearly all of a step"
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change():
     done = tool.run("plan", "--model", "tools/shapes/llama-3.3-70b/config.json", "--gpu_gb", 40, check=False)
     assert done.returncode == 2

@@ -1,19 +1,22 @@
-"""Make the worded-arithmetic task of the demo: train.jsonl and eval.jsonl.
+"""Make the worded-arithmetic task of the demo: train.jsonl and eval.jsonl, and the same as chats: chats.jsonl.
 
-Enters: a seed and two row counts.
+Enters: a seed and three row counts.
 Leaves: <out>/train.jsonl and <out>/eval.jsonl, one {"prompt", "completion"} object per line, such as
     {"prompt": "Mia has 23 pens. Leo gives Mia 14 more. How many pens does Mia have now?\n",
      "completion": "23 + 14 = 37. The answer is 37."}
-No prompt occurs twice, within a file or across the two; every number and result lies in 2..99.
+and <out>/chats.jsonl, one {"messages": [{"role", "content"}, ...]} per line: one to three such problems, each asked by
+the user and answered by the assistant.
+No prompt occurs twice, within a file or across them; every number and result lies in 2..99.
 
-Remake: python tools/make_demo_data.py --seed 0 --train 4000 --eval 256 --out launch/demo/data
+Remake: python tools/make_demo_data.py --seed 0 --train 4000 --eval 256 --chats 800 --out launch/demo/data
 """
 
 import argparse
 import json
 import random
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The word lists are shared with make_demo_model.py, so that the base model has met every name and object.
 NAMES = ("Mia", "Leo", "Ana", "Ben", "Eva", "Tom", "Zoe", "Sam", "Lily", "Max", "Nora", "Jack")
@@ -34,6 +37,7 @@ OBJECTS = (
 HOLDERS = (("boxes", "box"), ("bags", "bag"), ("trays", "tray"), ("jars", "jar"), ("baskets", "basket"))
 
 SMALLEST, LARGEST, LARGEST_FACTOR = 2, 99, 10
+LONGEST_CHAT = 3  # problems
 
 
 class Template(NamedTuple):
@@ -167,17 +171,38 @@ def make_rows(count: int, rng: random.Random) -> list[dict[str, str]]:
     return list(rows.values())
 
 
+def make_chats(rows: list[dict[str, str]], count: int, rng: random.Random) -> list[dict[str, list[dict[str, str]]]]:
+    """`count` chats of the first rows, in their order; each row is used once."""
+    left, chats = iter(rows), []
+    for _ in range(count):
+        turns = [(row["prompt"].rstrip(), row["completion"]) for row in islice(left, rng.randint(1, LONGEST_CHAT))]
+        messages = [
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        chats.append({"messages": messages})
+    return chats
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("launch/demo/data"))
     parser.add_argument("--train", type=int, default=4000, metavar="N")
     parser.add_argument("--eval", type=int, default=256, metavar="N")
+    parser.add_argument("--chats", type=int, default=800, metavar="N")
     args = parser.parse_args()
 
-    rows = make_rows(args.train + args.eval, random.Random(args.seed))
+    rows = make_rows(args.train + args.eval + LONGEST_CHAT * args.chats, random.Random(args.seed))
+    of_chats = rows[args.train + args.eval :]
+    parts: dict[str, list[Any]] = {
+        "train": rows[: args.train],
+        "eval": rows[args.train : args.train + args.eval],
+        "chats": make_chats(of_chats, args.chats, random.Random(args.seed)),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[: args.train]), ("eval", rows[args.train :])):
+    for name, part in parts.items():
         path = args.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8", newline="\n")
         print(f"{path}: {len(part)} rows, {path.stat().st_size} bytes")

@@ -28,6 +28,11 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 VOCAB_SIZE = 512
 ROW_LENGTH, ROWS = 128, 16
 PEAK_RATE, WARMUP = 3e-3, 100
+# Chats are written as the task is: a line that asks, then the answer and the end token.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+)
 
 VERBS = (
     ("has", "have"),
@@ -220,6 +225,7 @@ def make_tokenizer(seed: int, out: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=256, clean_up_tokenization_spaces=False, **SPECIAL
     )
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
     for text in texts[::40]:
         ids = tokenizer.encode(text)

@@ -46,9 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks_per_host", type=command.positive, default=8)
     parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes (80)")
     parser.add_argument("--reserve_gb", type=float, default=4.0, help="of it for CUDA, NCCL and fragments (4)")
-    parser.add_argument(
-        "--tflops", type=float, default=400.0, help="bf16 speed that a GPU reaches, 10^12 a second (400)"
-    )
+    parser.add_argument("--tflops", type=float, help="speed that a rank reaches, 10^12 a second (nccl: 400, in bf16)")
     parser.add_argument("--inside_gbs", type=float, default=200.0, help="a rank's wire inside its host, GB/s (200)")
     parser.add_argument("--between_gbs", type=float, default=25.0, help="a rank's wire between hosts, GB/s (25)")
     parser.add_argument("--backend", choices=["nccl", "gloo"], default="nccl")
@@ -97,8 +95,8 @@ def shape_of(settings: Config) -> planner.Shape:
     return planner.shape_of(skeleton, targets, threshold)
 
 
-def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster) -> list[str]:
-    """What the plan says, line by line."""
+def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster, timed: bool) -> list[str]:
+    """What the plan says, line by line; seconds where the ``cluster``'s speeds are known (``timed``)."""
     found = planner.predict(shape, settings, cluster)
     train, data = settings.train, settings.data
     lines = [
@@ -116,13 +114,18 @@ def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster) -> 
             f"{name} {size / GB:.2f}" for name, size in sorted(terms.items(), key=lambda t: -t[1]) if size
         )
         lines.append(f"  {phase:<16}{found.peak(phase) / GB:>7.2f}  {named}{fits}")
-    lines += ["", f"{'a rank, predicted':<18}{'GB sent inside':>15}{'between hosts':>15}{'TFLOP':>11}{'seconds':>10}"]
+    heading = f"{'a rank, predicted':<18}{'GB sent inside':>15}{'between hosts':>15}{'TFLOP':>11}"
+    lines += ["", heading + (f"{'seconds':>10}" if timed else "")]
     for phase, seconds in found.seconds.items():
         wire = found.wire.get(phase, planner.Wire()) * (1 / cluster.ranks / GB)
         work = found.operations.get(phase, 0.0) / 1e12
-        lines.append(f"  {phase:<16}{wire.inside:>15.2f}{wire.between:>15.2f}{work:>11.1f}{seconds:>10.2f}")
-    tokens = train.global_batch_size * data.max_length
-    lines.append(f"  {tokens / found.seconds['step']:.0f} tokens a second over all ranks, if samples fill max_length")
+        line = f"  {phase:<16}{wire.inside:>15.2f}{wire.between:>15.2f}{work:>11.1f}"
+        lines.append(line + (f"{seconds:>10.2f}" if timed else ""))
+    speed = train.global_batch_size * data.max_length / found.seconds["step"]
+    if timed:
+        lines.append(f"  {speed:.0f} tokens a second over all ranks, if samples fill max_length")
+    else:
+        lines.append("  no seconds: give what these machines reach, --tflops, --inside_gbs and --between_gbs")
     return lines
 
 
@@ -177,16 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, model.ModelError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    timed = arguments.tflops is not None or arguments.backend == "nccl"
     cluster = planner.Cluster(
         arguments.hosts,
         arguments.ranks_per_host,
         bytes_per_rank=room * GB,
-        operations=arguments.tflops * 1e12,
+        operations=1e12 * (400.0 if arguments.tflops is None else arguments.tflops),
         inside=arguments.inside_gbs * GB,
         between=arguments.between_gbs * GB,
         backend=arguments.backend,
     )
-    print("\n".join(report(shape, settings, cluster)))
+    print("\n".join(report(shape, settings, cluster, timed)))
     problems = planner.advice(shape, settings, cluster)
     print("\n" + ("\n".join(problems) if problems else "every phase fits"))
     return DOES_NOT_FIT if problems else 0

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 WORDS, BEFORE = 14, 9  # of a passage, about 24 tokens; of them before a gap
 GAP_WORDS = ("of", "to", "in", "for", "with", "on", "by", "from", "at", "as", "that", "which", "if", "is", "are", "not")
 GAP = "..."
-LABELLED = ("policy", "vim", "perl", "calls", "library", "people")  # sources to tell apart; calls and library are near
+LABELLED = ("debian", "vim", "perl", "calls", "library", "concepts")  # to tell apart; the last three are near
 PATTERN = r"^\s*(\w+)"  # of the answer: the first word that is written
 MAX_NEW_TOKENS = 4  # of the longest answer, with some room
 BASE_OF, TRAIN_OF = 11, 15  # of 16 paragraphs the first are for the base, the next for training, the last to evaluate
@@ -41,7 +41,7 @@ def make_gap(paragraphs: Mapping[str, Sequence[str]], count: int, rng: random.Ra
     """
     texts = [text for own in paragraphs.values() for text in own]
     rng.shuffle(texts)
-    left, rows = iter(texts), []
+    left, rows = dict.fromkeys(texts), []
     for place in range(count):
         answer = GAP_WORDS[place % len(GAP_WORDS)]
         rows.append(_take(left, partial(_gap_row, answer, rng), taken))
@@ -63,7 +63,7 @@ def _gap_row(answer: str, rng: random.Random, text: str) -> Row | None:
 
 def make_source(paragraphs: Mapping[str, Sequence[str]], count: int, rng: random.Random, taken: set[str]) -> list[Row]:
     """Passages and the name of their source; each of LABELLED is the answer of as many rows, give or take one."""
-    left = {name: iter(rng.sample(paragraphs[name], len(paragraphs[name]))) for name in LABELLED}
+    left = {name: dict.fromkeys(rng.sample(paragraphs[name], len(paragraphs[name]))) for name in LABELLED}
     rows = []
     for place in range(count):
         name = LABELLED[place % len(LABELLED)]
@@ -78,12 +78,13 @@ def _source_row(label: str, rng: random.Random, text: str) -> Row | None:
     return {"prompt": f"{' '.join(words[start : start + WORDS])}\nSource:", "completion": f" {label}"}
 
 
-def _take(texts: Iterator[str], make: Callable[[str], Row | None], taken: set[str]) -> Row:
-    """The row of the first text that gives a new one.  Texts that give none are for no other row either."""
-    for text in texts:
+def _take(left: dict[str, None], make: Callable[[str], Row | None], taken: set[str]) -> Row:
+    """The row of the first text ``left`` that gives a new one; no other row takes that text."""
+    for text in left:
         row = make(text)
         if row is not None and row["prompt"] not in taken:
             taken.add(row["prompt"])
+            del left[text]
             return row
     raise ValueError("the text has too few passages. Give more text, or ask for fewer rows.")
 
