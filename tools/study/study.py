@@ -1,6 +1,6 @@
 """A small language-model study as one command: a base from real text, two tasks, eleven ways to fine-tune it.
 
-    python tools/study/study.py --out runs/study --budget floor        on two cores 18 minutes for the base, an hour for 154 runs
+    python tools/study/study.py --out runs/study --budget floor        80 minutes on two cores, 18 of them the base
     python tools/study/study.py --out runs/study --budget short        minutes, to see that all of it works
     python tools/study/study.py --out runs/study --report_only         tables and curves of what is done so far
 
