@@ -1,10 +1,10 @@
 """The one-step full gradient G = dL/dW of every target, each on its owner rank, with no weight gradient anywhere.
 
 In: the frozen base, a few weighted micro-batches, an owner map.  Out: on each owner, ``{name: G (m, n) fp32}``.
-All weights stay frozen.  On each target a forward hook passes the output through an autograd function that saves the
-layer's input (so both kinds of gradient checkpointing recompute it instead of holding it) and in backward forms
-``G = dY^T X``, which leaves for the owner at once while backward goes on.  Blocks below the first target take part in
-the forward pass alone: of K layer groups the passes back are (K + 1) / 2 whole ones, not K.
+All weights stay frozen.  On each target one hook passes the input through an autograd function that saves it (so both
+kinds of gradient checkpointing recompute it instead of holding it), another the output through one that in backward
+forms ``G = dY^T X``, which leaves for the owner at once while backward goes on.  Blocks below the first target take
+part in the forward pass alone: of K layer groups the passes back are (K + 1) / 2 whole ones, not K.
 
 Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank: :mod:`lora_one_dist.planner`.
 """
@@ -79,19 +79,34 @@ def _num_targets(sample: dict[str, Any]) -> int:
     return sum(label != -100 for label in sample["labels"][1:])
 
 
-class _CaptureGradient(torch.autograd.Function):
-    """Identity on a linear layer's output that sees dY and the layer's input X in backward."""
+class _SaveInput(torch.autograd.Function):
+    """Identity on a linear layer's input X that saves it.
+
+    Before the layer's product and not behind it: a recomputation ends with the last tensor that was saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, layer_input: torch.Tensor, sink: Callable[..., None]) -> torch.Tensor:
+    def forward(ctx: Any, layer_input: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(layer_input)
-        ctx.sink = sink
+        return layer_input.view_as(layer_input)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_input: torch.Tensor) -> torch.Tensor:
+        return grad_input[0]
+
+
+class _CaptureGradient(torch.autograd.Function):
+    """Identity on a linear layer's output that sees dY in backward, and X where ``saved`` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, saved: Any, sink: Callable[..., None]) -> torch.Tensor:
+        ctx.saved, ctx.sink = saved, sink
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.sink(grad_output, *ctx.saved_tensors)
-        return grad_output, None, None
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.sink(grad_output[0], *ctx.saved.saved_tensors)
+        return grad_output[0], None, None
 
 
 def weight_gradient(
@@ -205,7 +220,8 @@ class _hooks:  # noqa: N801 (used as a function)
         self.sums = sums
 
     def __enter__(self) -> None:
-        self.handles = [
+        self.handles = [layer.register_forward_pre_hook(_save_input) for layer in self.layers.values()]
+        self.handles += [
             layer.register_forward_hook(_capture_hook(self.sums.sink(name))) for name, layer in self.layers.items()
         ]
 
@@ -248,8 +264,12 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any
     hidden.requires_grad_(True)
 
 
+def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return _SaveInput.apply(inputs[0])
+
+
 def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return _CaptureGradient.apply(output, inputs[0].detach(), sink)
+        return _CaptureGradient.apply(output, inputs[0].grad_fn, sink)
 
     return hook

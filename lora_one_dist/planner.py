@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from lora_one_dist import ownership
 from lora_one_dist.config import COMPENSATED_METHODS, GRADIENT_METHODS, Config
 from lora_one_dist.gradient import IN_FLIGHT
@@ -46,6 +48,8 @@ class Shape:
     largest_block: int
     lookup_only: int
     """In the embedding, unless the output head multiplies by it too."""
+    recomputed: int
+    """In the blocks that non-reentrant checkpointing runs again, but for the last linear layer of each."""
     hidden: int
     intermediate: int
     layers: int
@@ -108,6 +112,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
+    linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
     hidden = config.hidden_size
     return Shape(
         parameters=sum(sizes),
@@ -115,6 +120,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         largest_tensor=max(sizes),
         largest_block=max(block_sizes, default=max(sizes)),
         lookup_only=0 if head is embedding else embedding.numel(),
+        recomputed=sum(block_sizes[:-1]) - sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
         layers=config.num_hidden_layers,
@@ -397,18 +403,19 @@ def _wire(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
 
 def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, float]:
     """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
-    by causality; a recomputed forward counts."""
-    forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + 2.0 * tokens * config.data.max_length * (
-        shape.hidden * shape.layers
-    )
-    again = 1 if config.model.gradient_checkpointing != "none" else 0
+    by causality; what is recomputed counts."""
+    attention = 2.0 * tokens * config.data.max_length * shape.hidden
+    forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + attention * shape.layers
+    again = 2.0 * tokens * shape.recomputed + attention * (shape.layers - 1)
+    if config.model.gradient_checkpointing == "none":
+        again = 0.0
     weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
     parts, found = _parts(config), {}
     if config.init.method in GRADIENT_METHODS:
         passes = parts * _init_passes(config, cluster)
         back = sum(1.0 - _below(shape, group) for group in groups)
-        found["gradient"] = passes * (forward * (len(groups) + (1 + again) * back) + weights)
+        found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + weights)
     if config.init.method != "lora":
         needed = singular_vectors_needed(config.init.method, config.lora.r)
         columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
@@ -416,7 +423,7 @@ def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> 
         found["svd"] = 4.0 * columns * owned * len(groups)
     micro_batches = _passes(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
     adapters = 6.0 * tokens * config.lora.r * shape.adapter
-    found["step"] = micro_batches * (forward * (2 + again) + adapters)
+    found["step"] = micro_batches * (2 * forward + again + adapters)
     return found
 
 

@@ -19,11 +19,12 @@ SAMPLES = 8
 CASES = [
     # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average; in the place of the
     # world size a letter for each rank's host, and then the base is sharded inside each host. Released: ZeRO-3 keeps
-    # no block for reuse, as it keeps none of most blocks of a large model.
+    # no block for reuse, as it keeps none of most blocks of a large model. Singly: it gathers layers, not blocks.
     ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
     ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
     ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
     ("llama", 2, "stage0", "reentrant", "device", 3, 1, 1, "token"),
+    ("llama", 2, "zero3 singly", "non_reentrant", "device", 1, 1, 1, "token"),
     ("llama", 3, "zero3 released", "reentrant", "device", 3, 2, 1, "micro_batch"),
     ("llama", 4, "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
     ("qwen2", 1, "zero3", "reentrant", "host", 3, 1, 2, "token"),
@@ -61,8 +62,8 @@ def owned_gradients(folder, shard_group, zero_json, checkpointing, buffer, group
     """Runs on a rank: what it owns, and the loss."""
     from lora_one_dist import comm, gradient, ownership
 
-    name, _, released = zero_json.partition(" ")
-    more = {"stage3_max_reuse_distance": 0} if released else {}
+    name, _, how = zero_json.partition(" ")
+    more = {"": {}, "released": {"stage3_max_reuse_distance": 0}, "singly": {"stage3_max_live_parameters": 1}}[how]
     base, targets = load_base(folder, name, checkpointing, shard_group=shard_group, **more)
     batch = gradient.deal_micro_batches(models.samples(SAMPLES), micro_batch_size, average, parts, pad_token_id=0)
     costs = [float(t.m * t.n) for t in targets]
@@ -127,6 +128,50 @@ def blocks_with_a_graph(folder, checkpointing: str, first: int):
     with base.gathered(base.module.parameters()):
         embedded = base.module.get_input_embeddings()(torch.tensor([[3]]))
     return found[: len(handles)], embedded.requires_grad
+
+
+def products(folder, checkpointing: str, endings: str | list[str]):
+    """Runs on a rank: how often the linear layers run in the gradient phase, and in a step of the adapters on them."""
+    from lora_one_dist import config, gradient, model
+
+    base, _ = load_base(folder, "zero3", checkpointing)
+    targets = model.find_targets(base.module, config.LoraConfig(r=4, target_modules=endings))
+    (batch,) = gradient.deal_micro_batches(models.samples(1), 1, "token", 1, pad_token_id=0)
+    linear = {name: m for name, m in base.module.named_modules() if isinstance(m, torch.nn.Linear)}
+    counts: dict[str, int] = {}
+
+    def count(name: str):
+        counts[name] = 0
+        return lambda *_: counts.update({name: counts[name] + 1})
+
+    for name, layer in linear.items():
+        layer.register_forward_hook(count(name))
+    gradient.full_gradient(base, targets, [0] * len(targets), batch, "device")
+    in_gradient_phase, counts = dict(counts), dict.fromkeys(counts, 0)
+    description = model.peft_config(config.LoraConfig(r=4, target_modules=endings), targets, str(folder))
+    model.inject_adapters(base, description, targets, "fp32")
+    base.module.train()
+    model.loss_sum(base.module, batch[0].tensors).backward()
+    return in_gradient_phase, counts
+
+
+@pytest.mark.parametrize(
+    ("ranks", "checkpointing", "endings"),
+    [
+        (2, "non_reentrant", "all-linear"),
+        (1, "non_reentrant", ["q_proj", "down_proj"]),
+        (1, "non_reentrant", ["q_proj", "v_proj"]),
+        (1, "reentrant", "all-linear"),
+        (1, "none", "all-linear"),
+    ],
+)
+def test_a_recomputation_ends_at_the_input_of_the_last_linear_layer(ranks, checkpointing, endings, model_folder):
+    for found in run_ranks(ranks, products, model_folder("llama"), checkpointing, endings)[0]:
+        blocks = 1 + max(int(name.split(".")[2]) for name in found if name != "lm_head")
+        for name, times in found.items():
+            once = checkpointing == "none" or name == "lm_head" or f"layers.{blocks - 1}." in name
+            ends = checkpointing == "non_reentrant" and name.endswith("down_proj")
+            assert times == (1 if once or ends else 2), name
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
