@@ -486,6 +486,16 @@ ERRORS = [
         "test_packing.py",
         "llama or document",
     ),
+    Planted(
+        "what a recomputation does not need is recomputed: the adapter's branch comes last",
+        "model.py",
+        (
+            ("        output = self.base_layer(x)\n", ""),
+            ("        change = B(A(", "        output = self.base_layer(x)\n        change = B(A("),
+        ),
+        "test_gradient.py",
+        "recomputation",
+    ),
 ]
 
 
