@@ -193,20 +193,21 @@ def _spread(value: float | None, digits: int) -> str:
 
 
 def coverage(study: Study, task: str) -> list[dict[str, Any]]:
-    """Share of the gradient's energy at some ranks, the mean over the layers of a kind, by number of samples."""
+    """Share of the gradient's energy at some ranks: mean and least over the layers of a kind and over all layers."""
     found = []
     for point in study.coverage_points(task):
         path = point.folder / "init_report.json"
         if point.summary() is None:
             continue
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-        for kind in dict.fromkeys(layer["name"].rsplit(".", 1)[-1] for layer in layers):
-            own = [layer for layer in layers if layer["name"].endswith(kind)]
-            row: dict[str, Any] = {"layers": kind, "m x n": f"{own[0]['m']} x {own[0]['n']}"}
-            row["samples"] = point.config.init.num_samples
+        kinds = dict.fromkeys(layer["name"].rsplit(".", 1)[-1] for layer in layers)
+        for kind in (*kinds, "all layers"):
+            own = [layer for layer in layers if kind == "all layers" or layer["name"].endswith(kind)]
+            row: dict[str, Any] = {"layers": kind, "m x n": f"{own[0]['m']} x {own[0]['n']}" if kind in kinds else ""}
+            row |= {"samples": point.config.init.num_samples, "loss on": point.config.data.loss_on}
             for rank in COVERAGE_SHOWN:
-                shares = [layer["coverage"][rank] for layer in own if rank in layer["coverage"]]
-                row[f"r {rank}"] = fmean(shares) if len(shares) == len(own) else None
+                shares = [layer["coverage"][rank] for layer in own]
+                row |= {f"r {rank}": fmean(shares), f"r {rank}, least": min(shares)}
             found.append(row)
     return found
 
@@ -217,7 +218,7 @@ def coverage_text(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for task, rows in found.items():
         if rows:
             shown = [{key: f"{v:.3f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-            parts += [f"Task {task}, mean over the layers of a kind:", sweep_report.markdown(shown)]
+            parts += [f"Task {task}, mean and least over the layers of a kind:", sweep_report.markdown(shown)]
         else:
             parts.append(f"Task {task}: missing.")
     return "\n\n".join(parts)

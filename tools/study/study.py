@@ -30,7 +30,7 @@ from tools.study import base, corpus, report, tasks
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ROOT / "tools" / "study" / "full.py"
 DAMPING = "0.1"  # fixed, not tuned: of 1e-6 to 1 the best on the demo's task (results/LOG.md)
-COVERAGE_SAMPLES = (8, 64)
+COVERAGE = ((8, "completion"), (64, "completion"), (64, "all"), (512, "all"))  # samples, and tokens with a loss
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,16 @@ class Study:
         return {dict(cell.group)["method"]: cell.x for cell in sweep_report.best(cells, "eval_loss")}
 
     def coverage_points(self, task: str) -> list[sweep.Point]:
-        """Initialisations alone, of few samples and of more, at a rank that shows as many singular values."""
+        """Initialisations alone, at a rank that shows as many singular values: answers are short, texts are not."""
         settings = {**METHODS["LoRA-One"].settings, "lora.r": str(max(map(int, report.COVERAGE_SHOWN)))}
         return [
             sweep.make_point(
                 self.out / f"{task}.yaml",
                 self.out / "coverage" / task,
-                {**settings, "init.num_samples": str(count), "train.max_steps": "0"},
-                ["init.num_samples"],
+                {**settings, "init.num_samples": str(count), "data.loss_on": on, "train.max_steps": "0"},
+                ["init.num_samples", "data.loss_on"],
             )
-            for count in COVERAGE_SAMPLES
+            for count, on in COVERAGE
         ]
 
     def run(self) -> None:
