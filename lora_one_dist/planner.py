@@ -164,15 +164,16 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
 def gathered(shape: Shape, zero: Mapping[str, Any], recorded: bool) -> int:
     """Elements that ZeRO-3 holds whole at one time.
 
-    What it keeps for reuse; the largest tensor beside a block, and what it may fetch ahead beside the tensor, each
-    twice: as the flat buffer of a gathering and as what is cut from it; and a block more (measured) once it has
-    ``recorded`` the order of a pass, which the few passes of an initialisation hardly do.
+    What it keeps for reuse; the largest tensor or a block, whichever is more with what it may fetch ahead beside it,
+    each twice: as the flat buffer of a gathering and as what is cut from it.  Once it has ``recorded`` the order of a
+    pass, which the few passes of an initialisation hardly do, it holds a block beside the largest tensor, twice, and
+    one more (measured).
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
     kept, block, tensor = kept_gathered(shape, zero), shape.largest_block, shape.largest_tensor
     bucket, live = int(zero["stage3_prefetch_bucket_size"]), int(zero["stage3_max_live_parameters"])
-    ahead = min(bucket, max(0, live - kept - tensor))
-    most = kept + 2 * (block + tensor + ahead) + (block if recorded else 0)
+    with_tensor, with_block = (whole + min(bucket, max(0, live - kept - whole)) for whole in (tensor, block))
+    most = kept + (2 * (block + with_tensor) + block if recorded else 2 * max(with_tensor, with_block))
     return min(shape.parameters + block + bucket, most)
 
 
