@@ -91,7 +91,8 @@ class ModelConfig(_Group):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention kernel, as transformers names it."""
     gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "non_reentrant"
-    """Recompute each block in backward: activation memory of one block instead of all."""
+    """Recompute each block but the last in backward: activation memory of one block instead of all. non_reentrant stops
+    before a block's last linear layer, whose product nothing needs: the faster of the two."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
     allow_pickle: bool = False
@@ -210,7 +211,7 @@ class TrainConfig(_Group):
     epochs: float | None = Field(None, gt=0)
     """Passes over the training data, above 0; give this or max_steps."""
     max_steps: int | None = Field(None, ge=0)
-    """Optimizer steps; 0: initialise the adapters, write them and stop. Give this or epochs."""
+    """Optimizer steps; 0: initialise the adapters, write them and stop, whatever epochs says. Give this or epochs."""
     micro_batch_size: int = Field(1, ge=1)
     """Samples per forward pass and rank, at least 1."""
     global_batch_size: int = Field(32, ge=1)
@@ -579,7 +580,7 @@ def _check_optim(optim: OptimConfig) -> Iterator[str]:
 
 
 def _check_train(train: TrainConfig) -> Iterator[str]:
-    if (train.epochs is None) == (train.max_steps is None):
+    if train.max_steps != 0 and (train.epochs is None) == (train.max_steps is None):
         yield (
             f"train.epochs = {train.epochs}, train.max_steps = {train.max_steps}: exactly one must be given. "
             "Give one and leave the other out, or null."

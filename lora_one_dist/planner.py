@@ -49,7 +49,9 @@ class Shape:
     lookup_only: int
     """In the embedding, unless the output head multiplies by it too."""
     recomputed: int
-    """In the blocks that non-reentrant checkpointing runs again, but for the last linear layer of each."""
+    """In the blocks that reentrant checkpointing runs again: all but the last."""
+    last_linear: int
+    """Of them in the last linear layer of each block, which non-reentrant checkpointing leaves out."""
     hidden: int
     intermediate: int
     layers: int
@@ -120,7 +122,8 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         largest_tensor=max(sizes),
         largest_block=max(block_sizes, default=max(sizes)),
         lookup_only=0 if head is embedding else embedding.numel(),
-        recomputed=sum(block_sizes[:-1]) - sum(layers[-1].weight.numel() for layers in linear if layers),
+        recomputed=sum(block_sizes[:-1]),
+        last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
         layers=config.num_hidden_layers,
@@ -181,6 +184,8 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     """Terms in bytes:
 
     - ``base``         e P / S on the device (under ``offload_param`` in host memory: 0 here)
+    - ``persistent``   e times the parameters of which ZeRO-3 keeps a second, whole copy
+    - ``largest_tensor``  of the load: e times it, while it is cut; ``staging``: SLAB_BYTES on their way to a GPU
     - ``gathered``     e :func:`gathered`: what ZeRO-3 holds whole at one time (0 on one rank or under stage 0)
     - ``owned``        4 sum(m n) over the fullest owner's targets of a layer group, for each part of the batch; 0 if
                        ``init.buffer`` is host
@@ -191,6 +196,7 @@ def _memory(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[st
     - ``logits``       e T V, and a few rows of them in fp32 (LOSS_COPIES LOSS_BYTES)
     - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.spectral`)
     - ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
+    - ``compensated pairs``  4 r sum(m + n) more while training, for the methods that change the base
     - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
     """
     e, sharers = _element_size(config), _sharers(config, cluster)
@@ -407,8 +413,10 @@ def _operations(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> 
     by causality; what is recomputed counts."""
     attention = 2.0 * tokens * config.data.max_length * shape.hidden
     forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + attention * shape.layers
-    again = 2.0 * tokens * shape.recomputed + attention * (shape.layers - 1)
-    if config.model.gradient_checkpointing == "none":
+    checkpointing = config.model.gradient_checkpointing
+    left_out = shape.last_linear if checkpointing == "non_reentrant" else 0
+    again = 2.0 * tokens * (shape.recomputed - left_out) + attention * (shape.layers - 1)
+    if checkpointing == "none":
         again = 0.0
     weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)

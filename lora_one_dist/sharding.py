@@ -10,8 +10,8 @@ time in the square of the modules it follows.  DeepSpeed fetches ahead only when
 leaves it open it fetches a whole block ahead (:func:`with_fetch_sizes`): less would leave the rest of the next block's
 gathering without work to hide behind.
 
-Memory per rank, stage 3: ``bytes(base) / world_size``, plus the blocks gathered at one time, plus a second, whole copy
-of the parameters below ``stage3_param_persistence_threshold``.
+Memory per rank, stage 3: ``bytes(base) / ranks that share a copy``, plus the blocks gathered at one time, plus a
+second, whole copy of the parameters below ``stage3_param_persistence_threshold``.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ def test_defaults_are_the_papers_recipe(here):
         {"train__exact_match_samples": 4, "train__exact_match_pattern": r"is (\d+)\.", "data__eval": "eval.jsonl"},
         {"optim__warmup_steps": 9, "optim__schedule": "constant"},
         {"train__max_steps": 0, "optim__warmup_steps": 10},
+        {"train__max_steps": 0, "train__epochs": 2},
         {"init__svd_tolerance": 3e-7, "optim__betas": [0.5, 0.0]},
         {"data__packing": True, "data__eval_fraction": 0.05, "train__eval_steps": 3, "train__exact_match_samples": 4},
     ],

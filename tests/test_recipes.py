@@ -15,6 +15,7 @@ from lora_one_dist.config import load_config
 from tests import tool
 from tests.test_data import build_tokenizer
 
+SWEEP = runpy.run_path("tools/sweep.py")
 CONFIGS = sorted(Path("launch/configs").glob("*.yaml"))
 FIXTURES = Path("tests/fixtures/recipes")
 SOURCES = {  # rows with the columns of the data set of that name
@@ -153,6 +154,10 @@ def test_the_comment_says_how_to_launch_and_what_the_plan_predicts(path):
     memory = re.findall(r"^  (\w+)\s+([\d.]+)  ", done.stdout.split("\n\n")[1], re.M)
     predicted = ", ".join(f"{phase} {peak}" for phase, peak in memory)
     assert said["Predicted"] == [f"{predicted}."]
+    if path.stem not in ("demo", "llama3_3_70b_chat"):  # one host cannot sweep the 70B
+        sweep = shlex.split(said["Sweep"][0].removeprefix("python tools/sweep.py "))
+        assert SWEEP["parse"](sweep).config == path
+        assert SWEEP["expand"](SWEEP["parse"](sweep).settings, [{}]), "a grid"
     row = next(line for line in Path("launch/configs/README.md").read_text().splitlines() if f"[{path.stem}]" in line)
     given = re.findall(r"^  (train|eval): ", path.read_text(encoding="utf-8"), re.M)
     settings = load_config(path, [f"data.{key}=planned/elsewhere" for key in given])

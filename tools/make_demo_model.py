@@ -1,13 +1,14 @@
 """Make the base model of the demo: a tokenizer and a small pre-trained Llama.
 
 Enters: a seed and a step count; the word lists and prompts of make_demo_data.py.
-Leaves: <out>/ as a Hugging Face model folder (config, safetensors weights, tokenizer.model, tokenizer.json).
+Leaves: <out>/ as a Hugging Face model folder (config, safetensors weights, tokenizer.model, tokenizer.json,
+chat_template.jinja).
 The corpus is drawn on the fly and has three parts: bare sums ("23 + 14 = 37."), some after the same sum said in words
 ("Add 23 and 14."); statements about people and objects ("Mia has 17 marbles. Leo buys 5 pens."); and reading questions
 about such statements ("Who has 17 marbles?"), whose answer stands in the passage.
 A story whose answer is to be worked out is never part of it: that is what fine-tuning is to teach.
 
-Remake (about 30 minutes on one core): python tools/make_demo_model.py --seed 0 --steps 6000 --out launch/demo/model
+Remake (about half an hour on one core): python tools/make_demo_model.py --seed 0 --steps 6000 --out launch/demo/model
 """
 
 import argparse

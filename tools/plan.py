@@ -10,7 +10,8 @@ be there, with overrides as for launch/train.py; and its ZeRO JSON.  Prints what
 fit.  Exit code 0: all phases fit; 2: one does not; 1: the question makes no sense.
 
 tools/bench/phases.py holds memory, and the wire over gloo, against measurements.  What is said of NCCL, and every
-second, is a prediction: give your cluster's speeds for better ones.
+second, is a prediction: give your cluster's speeds for better ones.  Of CPU ranks (--backend gloo) there are no seconds
+unless --tflops is given.
 """
 
 from __future__ import annotations
