@@ -11,6 +11,7 @@ CHECKPOINTING: none, reentrant or non_reentrant.  Micro-batch 1.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -99,6 +100,8 @@ def main(
     trainer = TimedTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Lines(Path(out))])
     trainer.lines = Path(out)
     trainer.train()
+    sys.stdout.flush()
+    os._exit(0)  # interpreter teardown beside gloo's threads aborts a rank now and then
 
 
 if __name__ == "__main__":
