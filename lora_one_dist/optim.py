@@ -55,8 +55,8 @@ def precondition(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(B'B + damping I)^-1 grad_A`` and ``grad_B (AA' + damping I)^-1``, both from the values before the step.
 
-    A, grad_A (k, r, n); B, grad_B (k, m, r); returns fp32 of the same shapes.  Grams, factors and solves are fp64:
-    with damping 1e-6 the fp32 Gram of a near-singular B is wrong by 1e-2 to 1.
+    A, grad_A (k, r, n); B, grad_B (k, m, r); returns fp32 of the same shapes.  Grams, their inverses and the products
+    with them are fp64: with damping 1e-6 the fp32 Gram of a near-singular B is wrong by 1e-2 to 1.
 
     Raises:
         OptimizerError: if a damped Gram is not positive definite (damping below fp64 rounding of a huge Gram).
@@ -64,17 +64,18 @@ def precondition(
     Source: arXiv 2402.02347, equation 5; arXiv 2502.01235, algorithm 1.
     """
     A64, B64 = A.double(), B.double()
-    new_A = _solve_damped(B64.mT @ B64, grad_A.double(), damping)
-    new_B = _solve_damped(A64 @ A64.mT, grad_B.double().mT, damping).mT
+    new_A = _damped_inverse(B64.mT @ B64, damping) @ grad_A.double()
+    new_B = grad_B.double() @ _damped_inverse(A64 @ A64.mT, damping)
     return new_A.float(), new_B.float()
 
 
-def _solve_damped(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
+def _damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Of r x r matrices: a product with it takes half the time of solving for each column."""
     gram.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, info = torch.linalg.cholesky_ex(gram)
     if bool(info.any()):
         raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
-    return torch.cholesky_solve(right, factor)
+    return torch.cholesky_inverse(factor)
 
 
 def adamw_(

@@ -316,7 +316,7 @@ def one_rank_fails(raw, module, function):
     [
         ("sharding", "_read_own", "reading the base"),
         ("spectral", "truncated_svd", "initialising adapters"),
-        ("optim", "_solve_damped", "updating the adapters"),
+        ("optim", "_damped_inverse", "updating the adapters"),
     ],
 )
 def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing, model_folder, tmp_path):

@@ -160,6 +160,7 @@ def main() -> None:
                 step = step or measured["ours"]["median"]
         print(harness.table(rows))
         shares = []
+        torch.set_num_threads(1)  # as a rank has
         for r in (8, 16, 64):
             seconds = preconditioner_seconds(folder, r, ranks, 5)
             added = median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))

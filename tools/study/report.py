@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tools import sweep_report
+from tools import sweep, sweep_report
 from tools.study import tasks
 
 if TYPE_CHECKING:
     from tools.study.study import Study
 
 COVERAGE_SHOWN = ("8", "32", "128")
+EARLY = 4  # the first of so many parts of a run
 SMOOTHED = 10  # steps whose mean a curve shows
 MEASURES = {"eval_loss": "loss", "exact_match": "exact match"}
 DPI = 80
@@ -99,8 +100,16 @@ def final_rows(study: Study, task: str) -> list[dict[str, Any]]:
             values = next(c.values for c in cells[measure] if dict(c.group)["method"] == method and c.x == rate)
             mean, spread = sweep_report.mean_and_spread(values)
             row |= {measure: mean, f"{measure}_spread": spread, "seeds": len(values), f"{measure}_values": values}
+        points = [study.point(task, method, rate, seed) for seed in range(row["seeds"])]
+        row["early_loss"] = fmean(fmean(losses[: len(losses) // EARLY]) for losses in map(training_losses, points))
         found.append(row)
     return found
+
+
+def training_losses(point: sweep.Point) -> list[float]:
+    """Of each step of a run."""
+    lines = (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [values["loss"] for values in map(json.loads, lines) if "loss" in values]
 
 
 def verdicts(final: Sequence[Mapping[str, Any]], of: str, measure: str) -> list[dict[str, Any]]:
@@ -155,6 +164,7 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
             "loss ±": _spread(row["eval_loss_spread"], 4),
             "exact match": f"{row['exact_match']:.3f}",
             "exact match ±": _spread(row["exact_match_spread"], 3),
+            "early loss": f"{row['early_loss']:.3f}",
             "seeds": row["seeds"],
         }
         for row in found["final"]
@@ -167,7 +177,8 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
     parts = [
         f"## Task {task}",
         f"Before: loss {before['eval_loss']:.4f}, exact match {before['exact_match']:.3f}. Mean and standard deviation "
-        "over seeds at each method's best rate (chosen by held-out loss at seed 0):",
+        "over seeds at each method's best rate (chosen by held-out loss at seed 0). Early loss: mean training loss of the "
+        f"first 1/{EARLY} of the steps.",
         sweep_report.markdown(final),
         "Held-out loss by learning rate, seed 0:",
         sweep_report.markdown(swept),
@@ -244,8 +255,7 @@ def plot_curves(study: Study, task: str, path: Path) -> None:
     points = [*study.sweep_points(task), *study.edge_points(task)]
     for i, (method, rate) in enumerate(study.best(task, points).items()):
         point = study.point(task, method, rate, 0)
-        lines = (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [values["loss"] for values in map(json.loads, lines) if "loss" in values]
+        losses = training_losses(point)
         means = [fmean(losses[max(0, k + 1 - SMOOTHED) : k + 1]) for k in range(len(losses))]
         axes.plot(range(1, len(means) + 1), means, label=f"{method}, {rate:g}", color=colors(i), linewidth=1.2)
     axes.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHED} steps)", title=f"task {task}")
