@@ -177,8 +177,8 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
     parts = [
         f"## Task {task}",
         f"Before: loss {before['eval_loss']:.4f}, exact match {before['exact_match']:.3f}. Mean and standard deviation "
-        "over seeds at each method's best rate (chosen by held-out loss at seed 0). Early loss: mean training loss of the "
-        f"first 1/{EARLY} of the steps.",
+        "over seeds at each method's best rate (chosen by held-out loss at seed 0). Early loss: mean training loss of "
+        f"the first 1/{EARLY} of the steps.",
         sweep_report.markdown(final),
         "Held-out loss by learning rate, seed 0:",
         sweep_report.markdown(swept),
