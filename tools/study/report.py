@@ -100,8 +100,9 @@ def final_rows(study: Study, task: str) -> list[dict[str, Any]]:
             values = next(c.values for c in cells[measure] if dict(c.group)["method"] == method and c.x == rate)
             mean, spread = sweep_report.mean_and_spread(values)
             row |= {measure: mean, f"{measure}_spread": spread, "seeds": len(values), f"{measure}_values": values}
-        points = [study.point(task, method, rate, seed) for seed in range(row["seeds"])]
-        row["early_loss"] = fmean(fmean(losses[: len(losses) // EARLY]) for losses in map(training_losses, points))
+        points = [study.point(task, method, rate, seed) for seed in range(study.budget.seeds)]
+        curves = [training_losses(point) for point in points if point.summary() is not None]
+        row["early_loss"] = fmean(fmean(losses[: max(1, len(losses) // EARLY)]) for losses in curves)
         found.append(row)
     return found
 
