@@ -188,7 +188,8 @@ def fake_results(made: study.Study, task: str, points) -> None:
         after = {"eval_loss": loss, "exact_match": 1 / loss}
         summary = {"before": {"eval_loss": 9.0, "exact_match": 0.0}, "after": after, "phases": [{"seconds": 2.0}]}
         (point.folder / "summary.json").write_text(json.dumps(summary))
-        (point.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+        lines = [{"step": step, "loss": loss + 10 * (step <= 2)} for step in range(1, 9)]
+        (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture
@@ -235,6 +236,7 @@ def test_tables_give_mean_and_spread_and_name_what_is_missing(small, tmp_path):
     assert full["eval_loss"] == pytest.approx(2.01)
     assert full["eval_loss_spread"] == pytest.approx(0.01)
     assert one["seeds"] == 2
+    assert (full["early_loss"], one["early_loss"]) == pytest.approx((12.01, 12.005)), "of the first quarter"
     assert found["missing"] == ["LoRA-One, lr 0.003, seed 2: missing"]
     text = (tmp_path / "results" / "tables.md").read_text()
     assert "LoRA-One, lr 0.003, seed 2: missing" in text
