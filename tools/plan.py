@@ -122,8 +122,8 @@ def report(shape: planner.Shape, settings: Config, cluster: planner.Cluster, tim
         work = found.operations.get(phase, 0.0) / 1e12
         line = f"  {phase:<16}{wire.inside:>15.2f}{wire.between:>15.2f}{work:>11.1f}"
         lines.append(line + (f"{seconds:>10.2f}" if timed else ""))
-    speed = train.global_batch_size * data.max_length / found.seconds["step"]
     if timed:
+        speed = train.global_batch_size * data.max_length / found.seconds["step"]
         lines.append(f"  {speed:.0f} tokens a second over all ranks, if samples fill max_length")
     else:
         lines.append("  no seconds: give what these machines reach, --tflops, --inside_gbs and --between_gbs")
