@@ -15,9 +15,9 @@ One step, all ranks together:
 
 Bytes per rank, P adapter parameters: 4 P send buffer, w P working copies (w bytes each), and of the share P /
 world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; step 2 takes 4 P / L for a
-moment on L ranks a host, the preconditioner's fp64 copies 40 bytes per element of the largest block.  Steps 2 and 5 go
-inside the host first (:mod:`comm`): of H hosts each sends (4 P + w P) (H - 1) / H bytes a step to the others, whatever
-its number of ranks.
+moment on L ranks a host, and step 4 its result, 4 bytes per element of the largest block, with fp64 copies of at most
+24 CHUNK bytes or those of one layer.  Steps 2 and 5 go inside the host first (:mod:`comm`): of H hosts each sends
+(4 P + w P) (H - 1) / H bytes a step to the others, whatever its number of ranks.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import torch
 from lora_one_dist import comm, ownership
 from lora_one_dist.config import OptimConfig
 from lora_one_dist.model import Adapter, Target
+
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # adapter elements preconditioned at once: what a cache holds; few kernels
 
 
 class OptimizerError(RuntimeError):
@@ -63,10 +65,14 @@ def precondition(
 
     Source: arXiv 2402.02347, equation 5; arXiv 2502.01235, algorithm 1.
     """
-    A64, B64 = A.double(), B.double()
-    new_A = _damped_inverse(B64.mT @ B64, damping) @ grad_A.double()
-    new_B = grad_B.double() @ _damped_inverse(A64 @ A64.mT, damping)
-    return new_A.float(), new_B.float()
+    new_A, new_B = torch.empty_like(grad_A, dtype=torch.float32), torch.empty_like(grad_B, dtype=torch.float32)
+    layers = max(1, CHUNK[A.device.type] // (A[0].numel() + B[0].numel()))
+    stacks = (tensor.split(layers) for tensor in (A, B, grad_A, grad_B, new_A, new_B))
+    for A_i, B_i, grad_A_i, grad_B_i, new_A_i, new_B_i in zip(*stacks, strict=True):
+        A64, B64 = A_i.double(), B_i.double()
+        new_A_i.copy_(_damped_inverse(B64.mT @ B64, damping) @ grad_A_i.double())
+        new_B_i.copy_(grad_B_i.double() @ _damped_inverse(A64 @ A64.mT, damping))
+    return new_A, new_B
 
 
 def _damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:

@@ -116,8 +116,8 @@ ERRORS = [
         "optim.py",
         (
             (
-                "    new_B = grad_B.double() @ _damped_inverse(A64",
-                "    A64 = A64 - 1e-2 * new_A\n    new_B = grad_B.double() @ _damped_inverse(A64",
+                "        new_B_i.copy_(grad_B_i.double()",
+                "        A64 = A64 - 1e-2 * new_A_i\n        new_B_i.copy_(grad_B_i.double()",
             ),
         ),
         "test_optim.py",
@@ -126,7 +126,7 @@ ERRORS = [
     Planted(
         "an fp32 Gram",
         "optim.py",
-        (("_damped_inverse(B64.mT @ B64,", "_damped_inverse((B.mT @ B).double(),"),),
+        (("_damped_inverse(B64.mT @ B64,", "_damped_inverse((B_i.mT @ B_i).double(),"),),
         "test_optim.py",
         "near_singular",
     ),
