@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tools import markdown
+
 SEED = "train.seed"
 HIGHER_IS_BETTER = ("exact_match",)
 
@@ -85,22 +87,6 @@ def best(of: Sequence[Cell], metric: str) -> list[Cell]:
     return [choose((cell for cell in of if cell.group == group), key=lambda cell: cell.mean) for group in groups]
 
 
-def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same keys as a table."""
-    shown = [list(lines[0]), *([_shown(value) for value in line.values()] for line in lines)]
-    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in shown
-    ]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def tables(found: Sequence[Mapping[str, Any]], metric: str, x: str) -> str:
     """Every run, and the best x of every group with mean and spread over its seeds."""
     measures = list(dict.fromkeys(key for row in found for key in ("eval_loss", "exact_match") if key in row))
@@ -120,7 +106,7 @@ def tables(found: Sequence[Mapping[str, Any]], metric: str, x: str) -> str:
         for cell in chosen
     ]
     failures = [f"{row['name']} failed:\n\n```\n{row['log']}\n```" for row in found if row["status"] == "failed"]
-    return "\n\n".join([markdown(every), *([markdown(summed)] if summed else []), *failures])
+    return "\n\n".join([markdown.table(every), *([markdown.table(summed)] if summed else []), *failures])
 
 
 def plot(found: Sequence[Mapping[str, Any]], metric: str, x: str, path: Path, dpi: int = 100) -> bool:

@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools import markdown
 from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
@@ -241,9 +242,9 @@ def main() -> None:
         print(f"{parameters / 1e6:.0f} M parameters, {SAMPLES} samples of {arguments.length} tokens, r {R}, fp32")
         if arguments.ranks:
             ranks = [int(n) for n in arguments.ranks.split(",")]
-            print(harness.table(scaling(folder, arguments.length, arguments.zero, ranks)))
+            print(markdown.table(scaling(folder, arguments.length, arguments.zero, ranks)))
             return
-        print(harness.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero)))
+        print(markdown.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero)))
 
 
 if __name__ == "__main__":

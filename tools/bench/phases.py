@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import hosts as virtual
 from tests import jobs, ranks
+from tools import markdown
 from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
@@ -255,7 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if arguments.replan:
-            print(harness.table(replan(folder, names)))
+            print(markdown.table(replan(folder, names)))
             return
         for name in names:
             parameters = harness.make_model(folder / name, MODELS[name])
@@ -273,7 +274,7 @@ def main() -> None:
                 for row in found:
                     harness.record("phases", {**about, "parameters": parameters, "separate": separate, **row})
                 print(f"\n{about}, {parameters / 1e6:.0f} M parameters", "separate hosts" if separate else "")
-                print(harness.table(found), flush=True)
+                print(markdown.table(found), flush=True)
                 rows += found
     far = [row for row in rows for key in row if key.endswith("ratio") and row[key] != "-" and abs(row[key] - 1) > 0.1]
     print(f"\n{len(rows)} phases, {len(far)} ratios more than 10 % from 1")

@@ -28,6 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools import markdown
 from tools.bench import harness
 
 MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
@@ -162,7 +163,7 @@ def main() -> None:
                 sizes = {f"{name} peak MiB": max(values) / 2**20 for name, values in peaks.items()}
                 rows.append({**row, **speeds, "ratio": ratio, **sizes})
                 steps_at.setdefault(R, measured["ours"]["median"])
-        print(harness.table(rows))
+        print(markdown.table(rows))
         shares = []
         torch.set_num_threads(1)  # as a rank has
         for r in (R, 2 * R, 8 * R):
@@ -173,7 +174,7 @@ def main() -> None:
             added = median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))
             harness.record("preconditioner", {"r": r, "seconds": added, "step_seconds": step, "share": added / step})
             shares.append({"r": r, "step s": step, "preconditioner ms": added * 1e3, "share": f"{added / step:.2%}"})
-        print(harness.table(shares))
+        print(markdown.table(shares))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lora_one_dist import spectral
+from tools import markdown
 from tools.bench import harness
 
 SHAPES_7B = "4096x4096,11008x4096,4096x11008"
@@ -134,7 +135,7 @@ def main() -> None:
         m, n = map(int, shape.split("x"))
         known = matrix(m, n, spectrum)
         rows += [measure(m, n, int(r), arguments.rounds, known) for r in arguments.ranks.split(",")]
-    print(harness.table(rows))
+    print(markdown.table(rows))
 
 
 if __name__ == "__main__":

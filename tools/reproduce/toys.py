@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lora_one_dist import metrics
 from lora_one_dist.convert import command
+from tools import markdown
 from tools.bench import harness
 from tools.reproduce import figures
 from tools.reproduce.experiments import EXPERIMENTS, Result, Settings
@@ -132,7 +132,7 @@ def table(result: Result, expected: Mapping[str, str]) -> str:
                 "within": "" if number is None else ("yes" if within(number, values) else "NO"),
             }
         )
-    return harness.table(rows)
+    return markdown.table(rows)
 
 
 def shown(value: float) -> str:
@@ -153,7 +153,7 @@ def record(
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": harness.commit(),
         "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), **metrics.versions()},
         "settings": asdict(settings),
@@ -170,11 +170,6 @@ def record(
             for name, result in results.items()
         },
     }
-
-
-def _commit() -> str:
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=harness.ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
 
 
 def main(argv: list[str] | None = None) -> int:

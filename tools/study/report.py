@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tools import sweep, sweep_report
+from tools import markdown, report_runs, sweep_report
 from tools.study import tasks
 
 if TYPE_CHECKING:
@@ -101,16 +101,14 @@ def final_rows(study: Study, task: str) -> list[dict[str, Any]]:
             mean, spread = sweep_report.mean_and_spread(values)
             row |= {measure: mean, f"{measure}_spread": spread, "seeds": len(values), f"{measure}_values": values}
         points = [study.point(task, method, rate, seed) for seed in range(study.budget.seeds)]
-        curves = [training_losses(point) for point in points if point.summary() is not None]
+        curves = [
+            report_runs.read(point.folder, point.name).series("loss")[1]
+            for point in points
+            if point.summary() is not None
+        ]
         row["early_loss"] = fmean(fmean(losses[: max(1, len(losses) // EARLY)]) for losses in curves)
         found.append(row)
     return found
-
-
-def training_losses(point: sweep.Point) -> list[float]:
-    """Of each step of a run."""
-    lines = (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [values["loss"] for values in map(json.loads, lines) if "loss" in values]
 
 
 def verdicts(final: Sequence[Mapping[str, Any]], of: str, measure: str) -> list[dict[str, Any]]:
@@ -180,9 +178,9 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
         f"Before: loss {before['eval_loss']:.4f}, exact match {before['exact_match']:.3f}. Mean and standard deviation "
         "over seeds at each method's best rate (chosen by held-out loss at seed 0). Early loss: mean training loss of "
         f"the first 1/{EARLY} of the steps.",
-        sweep_report.markdown(final),
+        markdown.table(final),
         "Held-out loss by learning rate, seed 0:",
-        sweep_report.markdown(swept),
+        markdown.table(swept),
     ]
     for measure, rows in found["verdicts"].items():
         shown = [
@@ -194,7 +192,7 @@ def task_text(study: Study, task: str, found: Mapping[str, Any]) -> str:
             }
             for row in rows
         ]
-        parts += [f"Wins and losses in held-out {MEASURES[measure]}:", sweep_report.markdown(shown)] if shown else []
+        parts += [f"Wins and losses in held-out {MEASURES[measure]}:", markdown.table(shown)] if shown else []
     if found["missing"]:
         parts.append("Missing runs:\n\n" + "\n".join(f"- {line}" for line in found["missing"]))
     return "\n\n".join(parts)
@@ -230,7 +228,7 @@ def coverage_text(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for task, rows in found.items():
         if rows:
             shown = [{key: f"{v:.3f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-            parts += [f"Task {task}, mean and least over the layers of a kind:", sweep_report.markdown(shown)]
+            parts += [f"Task {task}, mean and least over the layers of a kind:", markdown.table(shown)]
         else:
             parts.append(f"Task {task}: missing.")
     return "\n\n".join(parts)
@@ -256,7 +254,7 @@ def plot_curves(study: Study, task: str, path: Path) -> None:
     points = [*study.sweep_points(task), *study.edge_points(task)]
     for i, (method, rate) in enumerate(study.best(task, points).items()):
         point = study.point(task, method, rate, 0)
-        losses = training_losses(point)
+        losses = report_runs.read(point.folder, point.name).series("loss")[1]
         means = [fmean(losses[max(0, k + 1 - SMOOTHED) : k + 1]) for k in range(len(losses))]
         axes.plot(range(1, len(means) + 1), means, label=f"{method}, {rate:g}", color=colors(i), linewidth=1.2)
     axes.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHED} steps)", title=f"task {task}")
