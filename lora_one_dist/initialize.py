@@ -31,6 +31,7 @@ from lora_one_dist.model import Adapter, Target, dropout_off, loss_sum
 from lora_one_dist.sharding import Base, add_low_rank
 
 COVERAGE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+NORM_CHUNK = 2**18  # elements
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[str, int, int], None]  # label, done, total
 
@@ -220,8 +221,13 @@ def _decompose(
 
 
 def _frobenius_norm(matrix: torch.Tensor) -> float:
-    """Summed in fp64, so that it is finite if and only if every element is, and 0 only of zeros."""
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    """Summed in fp64, so that it is finite if and only if every element is, and 0 only of zeros.
+
+    Some rows at a time: the sum in fp64 copies what it adds.
+    """
+    parts = matrix.split(max(1, NORM_CHUNK // matrix.shape[1]))
+    norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in parts]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
