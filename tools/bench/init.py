@@ -7,21 +7,20 @@
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
 checkpointing as PEFT's road is, with it as is our default, and bounded by ``layer_groups`` besides.  PEFT's:
 ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
-Memory is the peak of live tensor bytes beyond the model's, counted in a run of its own.
+Each measurement has processes of its own.  Memory is the peak of live tensor bytes beyond the model's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,78 +139,82 @@ def peak_bytes(road: Ours | Peft) -> int:
     return counted.peak - before
 
 
-def one_rank(folder: Path, length: int, rounds: int, zero: str) -> list[dict[str, Any]]:
-    """Time and memory of each road in this process."""
+def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Path) -> None:
+    """One rank of one road: its seconds, busy and by the clock, or (``count``) its peak of tensor bytes."""
     from lora_one_dist import comm
 
     comm.init()
-    makers: dict[str, Callable[[], Ours | Peft]] = {
-        name: partial(Ours, folder, length, settings, zero) for name, settings in ROADS.items()
-    }
-    makers["PEFT"] = partial(Peft, folder, length)
+    made = Peft(folder, length) if road == "PEFT" else Ours(folder, length, ROADS[road], zero)
+    found: dict[str, Any] = {}
+    if count:
+        found["peak_bytes"] = peak_bytes(made)
+    else:
+        found["seconds"] = harness.timed(made.initialise)
+    if isinstance(made, Ours):
+        found |= {"phases": made.phases, "busy": made.busy}
+    everyone = comm.all_gather_object(found)
+    if comm.rank() == 0:
+        out.write_text(json.dumps(everyone), encoding="utf-8")
+    comm.shutdown()
+
+
+def run_road(
+    folder: Path, length: int, zero: str, road: str, ranks: int = 1, count: bool = False
+) -> list[dict[str, Any]]:
+    """What each rank of a road has found, in processes of its own: a heap that others have used is slower."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "ranks.json"
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+        arguments = ["--child", str(out), "--road", road, "--folder", str(folder), "--length", str(length)]
+        arguments += ["--zero", zero, *(["--count"] if count else [])]
+        threads = {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}
+        done = subprocess.run(
+            [sys.executable, *launcher, __file__, *arguments],
+            env={**os.environ, **threads},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{road} failed:\n{done.stderr[-3000:]}")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def one_rank(folder: Path, length: int, rounds: int, zero: str) -> list[dict[str, Any]]:
+    """Time and memory of each road."""
+    roads = [*ROADS, "PEFT"]
     phases: dict[str, dict[str, float]] = {}
 
-    def run(name: str) -> float:
-        road = makers[name]()
-        seconds = harness.timed(road.initialise)
-        if isinstance(road, Ours):
-            phases[name] = road.phases
-        return seconds
+    def seconds_of(road: str) -> float:
+        (found,) = run_road(folder, length, zero, road)
+        phases[road] = found.get("phases", {})
+        return float(found["seconds"])
 
-    seconds = harness.alternate({name: partial(run, name) for name in makers}, rounds)
-    peaks = {}
-    for name, make in makers.items():
-        gc.collect()
-        peaks[name] = peak_bytes(make())
+    seconds = harness.alternate({road: partial(seconds_of, road) for road in roads}, rounds)
+    peaks = {road: run_road(folder, length, zero, road, count=True)[0]["peak_bytes"] for road in roads}
     rows = []
-    for name in makers:
-        ratio = harness.paired_ratio(seconds["PEFT"], seconds[name])
-        row = {"road": name, "seconds": harness.summary(seconds[name]), "peak_bytes": peaks[name]}
-        harness.record("init", {**row, "length": length, "phases": phases.get(name), "times_faster_than_peft": ratio})
+    for road in roads:
+        ratio = harness.paired_ratio(seconds["PEFT"], seconds[road])
+        measured = harness.summary(seconds[road])
+        row = {"road": road, "seconds": measured, "peak_bytes": peaks[road], "length": length}
+        harness.record("init", {**row, "phases": phases[road], "times_faster_than_peft": ratio})
         rows.append(
             {
-                "road": name,
-                "s": row["seconds"]["median"],  # type: ignore[index]
+                "road": road,
+                "s": measured["median"],
                 "x PEFT": ratio,
-                "peak MiB": peaks[name] / 2**20,
-                "of PEFT's": peaks[name] / peaks["PEFT"],
-                **{phase: phases.get(name, {}).get(phase, 0.0) for phase in ("gradient", "svd", "set adapters")},
+                "peak MiB": peaks[road] / 2**20,
+                "of PEFT's": peaks[road] / peaks["PEFT"],
+                **{phase: phases[road].get(phase) for phase in ("gradient", "svd", "set adapters")},
             }
         )
-    comm.shutdown()
     return rows
-
-
-def child(folder: Path, length: int, zero: str, out: str) -> None:
-    """One rank of several: its seconds, busy and by the clock, of each phase."""
-    from lora_one_dist import comm
-
-    comm.init()
-    road = Ours(folder, length, ROADS["ours"], zero)
-    road.initialise()
-    everyone = comm.all_gather_object({"busy": road.busy, "phases": road.phases})
-    if comm.rank() == 0:
-        Path(out).write_text(json.dumps(everyone), encoding="utf-8")
-    comm.shutdown()
 
 
 def scaling(folder: Path, length: int, zero: str, ranks: list[int]) -> list[dict[str, Any]]:
     """Busy seconds of the SVD phase over numbers of ranks of one thread each."""
     rows = []
     for world_size in ranks:
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "ranks.json"
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node",
-                str(world_size),
-                "--standalone",
-            ]
-            arguments = ["--child", str(out), "--folder", str(folder), "--length", str(length), "--zero", zero]
-            subprocess.run([*command, __file__, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-            found = json.loads(out.read_text(encoding="utf-8"))
+        found = run_road(folder, length, zero, "ours", world_size)
         busy = {phase: [rank["busy"][phase] for rank in found] for phase in ("gradient", "svd")}
         harness.record("init over ranks", {"ranks": world_size, "length": length, "busy_seconds": busy})
         rows.append({"ranks": world_size, **{f"{p} busy s, most": max(s) for p, s in busy.items()}})
@@ -229,10 +232,12 @@ def main() -> None:
     parser.add_argument("--zero", default="ds_configs/zero3.json")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--road", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.folder, arguments.length, arguments.zero, arguments.child)
+        child(arguments.folder, arguments.length, arguments.road, arguments.zero, arguments.count, arguments.child)
         return
     if arguments.short:
         arguments.model, arguments.rounds, arguments.length = "60M", 2, 128
