@@ -7,7 +7,7 @@
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
 checkpointing as PEFT's road is, with it as is our default, and bounded by ``layer_groups`` besides.  PEFT's:
 ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
-Each measurement has processes of its own.  Memory is the peak of live tensor bytes beyond the model's.
+Each measurement has processes of its own, which touch their memory before.  Memory is the peak of live tensor bytes beyond the model's.
 """
 
 from __future__ import annotations
@@ -139,11 +139,22 @@ def peak_bytes(road: Ours | Peft) -> int:
     return counted.peak - before
 
 
+def touch_memory(folder: Path) -> None:
+    """Take and give back what a road may need: a virtual machine is slow where a page is touched for the first time.
+
+    Without it, of two equal roads that comes out ahead which an earlier process has left more pages.
+    """
+    if harness.device().type == "cpu":
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        torch.empty(4 * weights, dtype=torch.uint8).fill_(1)
+
+
 def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Path) -> None:
     """One rank of one road: its seconds, busy and by the clock, or (``count``) its peak of tensor bytes."""
     from lora_one_dist import comm
 
     comm.init()
+    touch_memory(folder)
     made = Peft(folder, length) if road == "PEFT" else Ours(folder, length, ROADS[road], zero)
     found: dict[str, Any] = {}
     if count:
@@ -159,15 +170,15 @@ def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Pat
 
 
 def run_road(
-    folder: Path, length: int, zero: str, road: str, ranks: int = 1, count: bool = False
+    folder: Path, length: int, zero: str, road: str, ranks: int | None = None, count: bool = False
 ) -> list[dict[str, Any]]:
-    """What each rank of a road has found, in processes of its own: a heap that others have used is slower."""
+    """What each rank of a road has found: so many ranks of one thread, or one rank with all threads."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "ranks.json"
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks else []
         arguments = ["--child", str(out), "--road", road, "--folder", str(folder), "--length", str(length)]
         arguments += ["--zero", zero, *(["--count"] if count else [])]
-        threads = {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}
+        threads = {"OMP_NUM_THREADS": "1"} if ranks else {}
         done = subprocess.run(
             [sys.executable, *launcher, __file__, *arguments],
             env={**os.environ, **threads},
