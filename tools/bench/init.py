@@ -7,7 +7,8 @@
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
 checkpointing as PEFT's road is, with it as is our default, and bounded by ``layer_groups`` besides.  PEFT's:
 ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
-Each measurement has processes of its own, which touch their memory before.  Memory is the peak of live tensor bytes beyond the model's.
+Each measurement has processes of its own, which touch their memory before.  Memory is the peak of live tensor bytes
+beyond the model's.
 """
 
 from __future__ import annotations
