@@ -31,7 +31,6 @@ from lora_one_dist.model import Adapter, Target, dropout_off, loss_sum
 from lora_one_dist.sharding import Base, add_low_rank
 
 COVERAGE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
-NORM_CHUNK = 2**18  # elements
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[str, int, int], None]  # label, done, total
 
@@ -191,7 +190,7 @@ def _decompose(
         A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
     parts = [part.to(comm.device()) for part in parts]
-    norms = [_frobenius_norm(part) for part in parts]
+    norms = [spectral.frobenius_norm(part) for part in parts]
     _refuse_unusable(target, norms, method)
     needed = singular_vectors_needed(method, r)
     overlap = None
@@ -200,7 +199,7 @@ def _decompose(
         first, second = (spectral.truncated_svd(part, r, seed, math.inf) for part in parts)
         overlap = spectral.subspace_overlap(first, second, r)
         parts[0] += parts.pop()
-        norms = [_frobenius_norm(parts[0])]
+        norms = [spectral.frobenius_norm(parts[0])]
     svd = spectral.truncated_svd(parts.pop(), needed, seed, config.init.svd_tolerance)
     if method == "pissa":
         pair = spectral.pissa(svd, r, config.scaling)
@@ -218,16 +217,6 @@ def _decompose(
         "half_overlap": overlap,
     }
     return pair, row
-
-
-def _frobenius_norm(matrix: torch.Tensor) -> float:
-    """Summed in fp64, so that it is finite if and only if every element is, and 0 only of zeros.
-
-    Some rows at a time: the sum in fp64 copies what it adds.
-    """
-    parts = matrix.split(max(1, NORM_CHUNK // matrix.shape[1]))
-    norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in parts]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:

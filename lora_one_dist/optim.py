@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_one_dist import comm, ownership
+from lora_one_dist import comm, ownership, spectral
 from lora_one_dist.config import OptimConfig
 from lora_one_dist.model import Adapter, Target
 
@@ -291,7 +291,7 @@ class LayerShardedOptimizer:
 
     @staticmethod
     def _global_norm(grads: torch.Tensor) -> float:
-        squares = comm.all_gather_floats(float(torch.linalg.vector_norm(grads, dtype=torch.float64)) ** 2)
+        squares = comm.all_gather_floats(spectral.frobenius_norm(grads) ** 2)
         return math.sqrt(math.fsum(squares))  # exact: who owns what must not change the last bit
 
     def _own_blocks(self) -> Iterator[Block]:

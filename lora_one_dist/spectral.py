@@ -18,6 +18,7 @@ FULL_BLOCKS = 8  # a matrix hardly larger than so many blocks is decomposed in f
 MAX_BLOCKS = 32
 # Singular triplets in fp32 leave a residual of about this times S_1 however long one iterates (measured: 6 to 9 eps).
 RESIDUAL_FLOOR = 10 * torch.finfo(torch.float32).eps
+NORM_CHUNK = 2**18  # elements whose squares are added at once
 SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not determined by the matrix
 
 
@@ -154,6 +155,16 @@ def kaiming(m: int, n: int, r: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(n)
     return torch.empty(r, n).uniform_(-bound, bound, generator=generator), torch.zeros(m, r)
+
+
+def frobenius_norm(tensor: torch.Tensor) -> float:
+    """Of any shape, summed in fp64: finite if and only if every element (fp32) is, and 0 only of zeros.
+
+    In pieces: torch's sum in fp64 copies what it adds.
+    """
+    pieces = tensor.reshape(-1).split(NORM_CHUNK)
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def coverage(S: torch.Tensor, squared_norm: float, ranks: tuple[int, ...]) -> dict[int, float]:

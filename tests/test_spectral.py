@@ -165,6 +165,15 @@ def test_values_beyond_r_give_the_coverage():
         assert 0.97 <= float(svd.S.double().square().sum() / S[:k].square().sum()) <= 1 + 1e-5
 
 
+def test_norm_counts_every_element():
+    """Of a matrix that is added up in several parts."""
+    matrix = torch.randn(1000, 300, generator=torch.Generator().manual_seed(8))
+    assert matrix.numel() > spectral.NORM_CHUNK
+    assert spectral.frobenius_norm(matrix) == pytest.approx(float(matrix.double().square().sum().sqrt()), rel=1e-12)
+    matrix[-1, -1] = math.inf
+    assert spectral.frobenius_norm(matrix) == math.inf
+
+
 def test_coverage_and_overlap():
     G = matrix(96, 160, 0.7)
     svd = spectral.truncated_svd(G, 8, seed=1, tolerance=1e-3)
