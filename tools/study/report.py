@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tools import markdown, report_runs, sweep_report
+from tools import markdown, sweep, sweep_report
 from tools.study import tasks
 
 if TYPE_CHECKING:
@@ -101,14 +101,16 @@ def final_rows(study: Study, task: str) -> list[dict[str, Any]]:
             mean, spread = sweep_report.mean_and_spread(values)
             row |= {measure: mean, f"{measure}_spread": spread, "seeds": len(values), f"{measure}_values": values}
         points = [study.point(task, method, rate, seed) for seed in range(study.budget.seeds)]
-        curves = [
-            report_runs.read(point.folder, point.name).series("loss")[1]
-            for point in points
-            if point.summary() is not None
-        ]
+        curves = [training_losses(point) for point in points if point.summary() is not None]
         row["early_loss"] = fmean(fmean(losses[: max(1, len(losses) // EARLY)]) for losses in curves)
         found.append(row)
     return found
+
+
+def training_losses(point: sweep.Point) -> list[float]:
+    """Of each step of a run, as they are: a report leaves out what is damaged or not finite, a mean must not."""
+    lines = (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [values["loss"] for values in map(json.loads, lines) if "loss" in values]
 
 
 def verdicts(final: Sequence[Mapping[str, Any]], of: str, measure: str) -> list[dict[str, Any]]:
@@ -254,7 +256,7 @@ def plot_curves(study: Study, task: str, path: Path) -> None:
     points = [*study.sweep_points(task), *study.edge_points(task)]
     for i, (method, rate) in enumerate(study.best(task, points).items()):
         point = study.point(task, method, rate, 0)
-        losses = report_runs.read(point.folder, point.name).series("loss")[1]
+        losses = training_losses(point)
         means = [fmean(losses[max(0, k + 1 - SMOOTHED) : k + 1]) for k in range(len(losses))]
         axes.plot(range(1, len(means) + 1), means, label=f"{method}, {rate:g}", color=colors(i), linewidth=1.2)
     axes.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHED} steps)", title=f"task {task}")
