@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating measurements, rows with all that a number needs, a table.
+"""What the benchmarks share: alternating measurements, rows with all that a number needs.
 
 Ours and the peer run alternately in one command, because the machine's speed wanders: compare the ratios of a row, not
 seconds of two days.
@@ -6,6 +6,7 @@ seconds of two days.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -131,7 +132,8 @@ def record(bench: str, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(found) + "\n")
 
 
+@functools.cache
 def commit() -> str:
-    """This checkout's, with -dirty if it was changed."""
+    """This checkout's, with -dirty if it was changed before the first row: the rows change a file themselves."""
     asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return asked.stdout.strip() or "unknown"

@@ -7,8 +7,8 @@
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
 checkpointing as PEFT's road is, with it as is our default, and bounded by ``layer_groups`` besides.  PEFT's:
 ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
-Each measurement has processes of its own, which touch their memory before.  Memory is the peak of live tensor bytes
-beyond the model's.
+Each measurement has processes of its own; those that are timed touch their memory before.  Memory is the peak of live
+tensor bytes beyond the model's.
 """
 
 from __future__ import annotations
@@ -141,13 +141,15 @@ def peak_bytes(road: Ours | Peft) -> int:
 
 
 def touch_memory(folder: Path) -> None:
-    """Take and give back what a road may need: a virtual machine is slow where a page is touched for the first time.
+    """Take and give back what a rank may need: a virtual machine is slow where a page is touched for the first time.
 
     Without it, of two equal roads that comes out ahead which an earlier process has left more pages.
     """
+    from lora_one_dist import comm
+
     if harness.device().type == "cpu":
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        torch.empty(4 * weights, dtype=torch.uint8).fill_(1)
+        torch.empty(4 * weights // comm.world_size(), dtype=torch.uint8).fill_(1)
 
 
 def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Path) -> None:
@@ -155,7 +157,8 @@ def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Pat
     from lora_one_dist import comm
 
     comm.init()
-    touch_memory(folder)
+    if not count:
+        touch_memory(folder)
     made = Peft(folder, length) if road == "PEFT" else Ours(folder, length, ROADS[road], zero)
     found: dict[str, Any] = {}
     if count:
