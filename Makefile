@@ -16,6 +16,9 @@ else
 LAUNCH := $(BIN)/deepspeed
 endif
 
+# Two processes: most tests wait for ranks of their own. A file's tests stay together, and so do those of the four hosts.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
 .PHONY: demo test test-full bench lint clean
 
 demo: $(INSTALLED)
@@ -23,10 +26,10 @@ demo: $(INSTALLED)
 	$(LAUNCH) launch/train.py --config launch/configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/svd.py --short
@@ -37,6 +40,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 # Everything is pinned: an unpinned torch would be another build, with another gigabyte of CUDA.  Megatron-Bridge comes

@@ -20,13 +20,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
 
-from lora_one_dist.config import ConfigError, load_config
+from lora_one_dist.config.reading import ConfigError, load_config
 
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 # SIGUSR1 asks to stop; until the rank can listen (comm.init), it waits instead of ending the process.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
+
+
+def tell(note: str) -> None:
+    print(note, file=sys.stderr)
+
+
+def ignore(note: str) -> None:
+    pass
 
 
 def main() -> int:
@@ -38,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     is_first = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, tell if is_first else ignore)
     except ConfigError as error:
         if is_first:
             print(error, file=sys.stderr)
@@ -49,16 +57,17 @@ def main() -> int:
         return 0
     # c10d's warnings of addresses without names bury the job's own messages. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from lora_one_dist import comm  # imports torch: seconds that a bad config need not wait for
+    from lora_one_dist.cluster import comm  # imports torch: seconds that a bad config need not wait for
 
     code = 0
     try:
         comm.init(config.comm)
-        from lora_one_dist import train  # slow and large: from here on a failure reaches all ranks
+        from lora_one_dist.run.stopping import Stopped  # slow and large: from here on a failure reaches all ranks
+        from lora_one_dist.run.story import run
 
         try:
-            train.run(config)
-        except train.Stopped:
+            run(config)
+        except Stopped:
             code = EXIT_STOPPED
             if comm.is_local_first():  # for launch/supervise.py: launchers make another code of 75, or kill slow ranks
                 print(f"rank {comm.rank()} on {socket.gethostname()} stopped as asked", file=sys.stderr)

@@ -21,6 +21,16 @@ from tests import models
 torch.set_num_threads(1)
 
 
+HOSTS = ("hosts", "fresh_hosts")  # fixtures that take all of this machine's namespaces and cores
+
+
+def pytest_collection_modifyitems(items):
+    """For --dist loadgroup: a file's tests share a process and what it has made, and so do all tests of four hosts."""
+    for item in items:
+        on_hosts = any(name in item.fixturenames for name in HOSTS)
+        item.add_marker(pytest.mark.xdist_group("hosts" if on_hosts else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Folder of a small model by kind, written once."""

@@ -49,7 +49,7 @@ class Point:
 
     name: str
     at: str
-    """module.function or module.Class.method, by the name under which it is called."""
+    """room.module.function or room.module.Class.method: where its name is looked up when it is called."""
     goes_on: str
     """What the next start must go on from: START, a layer group, 'step N' or END."""
     rank: int = 0
@@ -66,93 +66,135 @@ class Point:
 
 
 GRADIENT = [
-    Point("reading the base", "sharding._read_own", START, rank=1, call=5),
-    Point("after run.json, before config.yaml", "folders.replace_file", START, where="config.yaml", both=True),
-    Point("evaluation of the base", "model.loss_sum", START, rank=1, call=2),
-    Point("backward of the gradient phase", "gradient.weight_gradient", START, rank=1, call=9, both=True),
-    Point("between micro-batches of the gradient phase", "gradient._OwnerSums.end_micro_batch", START, how="after"),
-    Point("in an SVD", "spectral.truncated_svd", START, rank=1, call=4, both=True),
-    Point("after the last SVD of a layer group", "initialize._broadcast", START),
-    Point("broadcast of the pairs", "comm.broadcast", START, rank=1, call=2),
+    Point("reading the base", "base.sharding._read_own", START, rank=1, call=5),
+    Point("after run.json, before config.yaml", "disk.folders.replace_file", START, where="config.yaml", both=True),
+    Point("evaluation of the base", "train.evaluate.loss_sum", START, rank=1, call=2),
+    Point("backward of the gradient phase", "initialise.gradient.weight_gradient", START, rank=1, call=9, both=True),
+    Point(
+        "between micro-batches of the gradient phase",
+        "initialise.gradient._OwnerSums.end_micro_batch",
+        START,
+        how="after",
+    ),
+    Point("in an SVD", "initialise.spectral.truncated_svd", START, rank=1, call=4, both=True),
+    Point("after the last SVD of a layer group", "initialise.pairs._broadcast", START),
+    Point("broadcast of the pairs", "cluster.comm.broadcast", START, rank=1, call=2),
 ]
 INITIALISED = [
-    Point("before a layer group's files", "folders._write_file", START, rank=1, where=".init-1-of-2.partial"),
-    Point("half of a layer group's file", "folders._write_file", START, where=".init-1-of-2.partial", how="half"),
-    Point("before a layer group is renamed", "folders._complete", START, where=".init-1-of-2.partial", both=True),
-    Point("between layer groups", "folders.write", FIRST_GROUP, rank=1, where="init-1-of-2", how="after", both=True),
-    Point("second group's gradient", "gradient.weight_gradient", FIRST_GROUP, call=20),
-    Point("after the last layer group", "folders.write", BOTH_GROUPS, where="init-2-of-2", how="after", both=True),
-    Point("setting adapters", "initialize.set_adapters", BOTH_GROUPS, rank=1),
-    Point("changing the base", "initialize.add_low_rank", BOTH_GROUPS, call=5, method="lora_one_v1", both=True),
-    Point("writing the initial adapter", "folders._write_file", BOTH_GROUPS, where=".adapter_init.partial", call=2),
-    Point("after the initial adapter", "adapters.export", BOTH_GROUPS, where="adapter_init", how="after"),
+    Point("before a layer group's files", "disk.folders._write_file", START, rank=1, where=".init-1-of-2.partial"),
+    Point("half of a layer group's file", "disk.folders._write_file", START, where=".init-1-of-2.partial", how="half"),
+    Point("before a layer group is renamed", "disk.folders._complete", START, where=".init-1-of-2.partial", both=True),
+    Point(
+        "between layer groups", "disk.folders.write", FIRST_GROUP, rank=1, where="init-1-of-2", how="after", both=True
+    ),
+    Point("second group's gradient", "initialise.gradient.weight_gradient", FIRST_GROUP, call=20),
+    Point("after the last layer group", "disk.folders.write", BOTH_GROUPS, where="init-2-of-2", how="after", both=True),
+    Point("setting adapters", "run.beginning.set_adapters", BOTH_GROUPS, rank=1),
+    Point("changing the base", "adapters.lora.add_low_rank", BOTH_GROUPS, call=5, method="lora_one_v1", both=True),
+    Point(
+        "writing the initial adapter", "disk.folders._write_file", BOTH_GROUPS, where=".adapter_init.partial", call=2
+    ),
+    Point("after the initial adapter", "disk.folders.replace", BOTH_GROUPS, where="/adapter_init'", how="after"),
 ]
 STEP_0 = [
-    Point("step 0: before own file", "folders._write_file", BOTH_GROUPS, rank=1, where=".step-0.partial", both=True),
-    Point("step 0: half of a file", "folders._write_file", BOTH_GROUPS, where="optimizer-00000", how="half", both=True),
-    Point("step 0: before the manifest", "folders._complete", BOTH_GROUPS, where=".step-0.partial"),
-    Point("step 0: before the rename", "folders.sync_folder", BOTH_GROUPS, where=".step-0.partial", both=True),
-    Point("step 0: before `latest`", "folders.replace_file", "step 0", where="latest", both=True),
-    Point("step 0: after `latest`", "folders.replace_file", "step 0", rank=0, where="latest", how="after"),
-    Point("step 0: removing layer groups", "folders.shutil.rmtree", "step 0", where=".init-1-of-2.removed", call=2),
+    Point(
+        "step 0: before own file", "disk.folders._write_file", BOTH_GROUPS, rank=1, where=".step-0.partial", both=True
+    ),
+    Point(
+        "step 0: half of a file",
+        "disk.folders._write_file",
+        BOTH_GROUPS,
+        where="optimizer-00000",
+        how="half",
+        both=True,
+    ),
+    Point("step 0: before the manifest", "disk.folders._complete", BOTH_GROUPS, where=".step-0.partial"),
+    Point("step 0: before the rename", "disk.folders.sync_folder", BOTH_GROUPS, where=".step-0.partial", both=True),
+    Point("step 0: before `latest`", "disk.folders.replace_file", "step 0", where="latest", both=True),
+    Point("step 0: after `latest`", "disk.folders.replace_file", "step 0", rank=0, where="latest", how="after"),
+    Point(
+        "step 0: removing layer groups", "disk.folders.shutil.rmtree", "step 0", where=".init-1-of-2.removed", call=2
+    ),
 ]
 BOUNDARY = [
-    Point("forward of step 3", "train._forward_backward", "step 2", rank=1, call=3),
-    Point("between backward and optimizer of step 3", "optim.LayerShardedOptimizer.step", "step 2", call=3, both=True),
-    Point("in the reduce-scatter of step 3", "comm._exchange_and_sum", "step 2", rank=1, call=5),
-    Point("in the update of step 1", "optim.adamw_", "step 0", rank=1, call=2, both=True),
-    Point("after the update of step 4", "optim.LayerShardedOptimizer._update", "step 3", rank=1, call=4, how="after"),
-    Point("between update and all-gather of step 4", "comm.all_gather", "step 3", call=4, both=True),
-    Point("after step 4, before its log", "metrics.RunFolder.log", "step 3", where="'loss'", call=4, both=True),
-    Point("half of a line of metrics.jsonl", "metrics.RunFolder.log", "step 3", where="'loss'", call=4, how="half"),
-    Point("after step 4's log", "metrics.RunFolder.log", "step 3", where="'loss'", call=4, how="after", both=True),
-    Point("in an evaluation", "model.loss_sum", "step 2", rank=1, call=10),
-    Point("after an evaluation, before its log", "metrics.RunFolder.log", "step 2", where="'eval_loss'", call=2),
-    Point("after an evaluation's log", "metrics.RunFolder.log", "step 2", where="'eval_loss'", call=2, how="after"),
+    Point("forward of step 3", "train.loop._forward_backward", "step 2", rank=1, call=3),
+    Point(
+        "between backward and optimizer of step 3",
+        "train.optim.LayerShardedOptimizer.step",
+        "step 2",
+        call=3,
+        both=True,
+    ),
+    Point("in the reduce-scatter of step 3", "cluster.hierarchy._exchange_and_sum", "step 2", rank=1, call=5),
+    Point("in the update of step 1", "train.optim.adamw_", "step 0", rank=1, call=2, both=True),
+    Point(
+        "after the update of step 4", "train.optim.LayerShardedOptimizer._update", "step 3", rank=1, call=4, how="after"
+    ),
+    Point("between update and all-gather of step 4", "cluster.hierarchy.all_gather", "step 3", call=4, both=True),
+    Point("after step 4, before its log", "run.metrics.RunFolder.log", "step 3", where="'loss'", call=4, both=True),
+    Point("half of a line of metrics.jsonl", "run.metrics.RunFolder.log", "step 3", where="'loss'", call=4, how="half"),
+    Point("after step 4's log", "run.metrics.RunFolder.log", "step 3", where="'loss'", call=4, how="after", both=True),
+    Point("in an evaluation", "train.evaluate.loss_sum", "step 2", rank=1, call=4),
+    Point("after an evaluation, before its log", "run.metrics.RunFolder.log", "step 2", where="'eval_loss'", call=2),
+    Point("after an evaluation's log", "run.metrics.RunFolder.log", "step 2", where="'eval_loss'", call=2, how="after"),
 ]
 LATER = [
-    Point("step 2: before own file", "folders._write_file", "step 0", rank=1, where=".step-2.partial"),
-    Point("step 2: half of a file", "folders._write_file", "step 0", where=".step-2.partial", how="half", both=True),
-    Point("step 2: before the manifest", "folders._complete", "step 0", where=".step-2.partial"),
-    Point("step 2: before the rename", "folders.sync_folder", "step 0", where=".step-2.partial", both=True),
-    Point("step 2: before `latest`", "folders.replace_file", "step 2", where="latest", call=2, both=True),
-    Point("pruning, before", "folders.remove", "step 3", where="step-0"),
-    Point("pruning, between rename and removal", "folders.shutil.rmtree", "step 3", where=".step-0.removed", call=2),
-    Point("the best saved, best.json not", "folders.replace_file", "step 3", where="best.json", both=True),
-    Point("best.json half written", "folders._write_file", "step 3", where=".best.json.partial", how="half"),
-    Point("best.json written", "folders.replace_file", "step 3", rank=0, where="best.json", how="after"),
-    Point("the last checkpoint renamed, before `latest`", "folders.replace_file", "step 6", where="latest", call=5),
+    Point("step 2: before own file", "disk.folders._write_file", "step 0", rank=1, where=".step-2.partial"),
+    Point(
+        "step 2: half of a file", "disk.folders._write_file", "step 0", where=".step-2.partial", how="half", both=True
+    ),
+    Point("step 2: before the manifest", "disk.folders._complete", "step 0", where=".step-2.partial"),
+    Point("step 2: before the rename", "disk.folders.sync_folder", "step 0", where=".step-2.partial", both=True),
+    Point("step 2: before `latest`", "disk.folders.replace_file", "step 2", where="latest", call=2, both=True),
+    Point("pruning, before", "disk.folders.remove", "step 3", where="step-0"),
+    Point(
+        "pruning, between rename and removal", "disk.folders.shutil.rmtree", "step 3", where=".step-0.removed", call=2
+    ),
+    Point("the best saved, best.json not", "disk.folders.replace_file", "step 3", where="best.json", both=True),
+    Point("best.json half written", "disk.folders._write_file", "step 3", where=".best.json.partial", how="half"),
+    Point("best.json written", "disk.folders.replace_file", "step 3", rank=0, where="best.json", how="after"),
+    Point(
+        "the last checkpoint renamed, before `latest`", "disk.folders.replace_file", "step 6", where="latest", call=5
+    ),
 ]
 ENDING = [
-    Point("evaluation after training", "evaluate.evaluate", "step 6", rank=1, call=3),
-    Point("best.json at the end", "folders.replace_file", "step 6", where="best.json", call=2),
-    Point("before the adapter is exported", "adapters.export", "step 6", where="/adapter'", both=True),
-    Point("half of the adapter", "folders._write_file", "step 6", where="/.adapter.partial/", call=2, how="half"),
-    Point("after the adapter, before summary.json", "adapters.export", "step 6", where="/adapter'", how="after"),
-    Point("after summary.json", "metrics.RunFolder.write_json", END, where="summary.json", how="after", both=True),
+    Point("evaluation after training", "run.story.evaluate", "step 6", rank=1, call=3),
+    Point("best.json at the end", "disk.folders.replace_file", "step 6", where="best.json", call=2),
+    Point("before the adapter is exported", "disk.folders.replace", "step 6", where="/adapter'", both=True),
+    Point("half of the adapter", "disk.folders._write_file", "step 6", where="/.adapter.partial/", call=2, how="half"),
+    Point("after the adapter, before summary.json", "disk.folders.replace", "step 6", where="/adapter'", how="after"),
+    Point("after summary.json", "run.metrics.RunFolder.write_json", END, where="summary.json", how="after", both=True),
 ]
 STOPPED_AT = "after step 4's log"
 RESUMING = [
-    Point("resume: checking hashes", "folders.fault", "step 3", rank=1, first=STOPPED_AT, both=True),
-    Point("resume: metrics.jsonl cut", "metrics.RunFolder.__init__", "step 3", first=STOPPED_AT, how="after"),
-    Point("resume: opening the checkpoints", "checkpoint.Store.open", "step 3", first=STOPPED_AT, both=True),
-    Point("resume: the checkpoints opened", "checkpoint.Store.open", "step 3", rank=1, first=STOPPED_AT, how="after"),
-    Point("resume: reading the optimizer", "checkpoint.load_optimizer", "step 3", rank=1, first=STOPPED_AT, both=True),
-    Point("resume: sharing the adapters", "optim.LayerShardedOptimizer._share", "step 3", first=STOPPED_AT),
+    Point("resume: checking hashes", "disk.folders.fault", "step 3", rank=1, first=STOPPED_AT, both=True),
+    Point("resume: metrics.jsonl cut", "run.metrics.RunFolder.__init__", "step 3", first=STOPPED_AT, how="after"),
+    Point("resume: opening the checkpoints", "run.checkpoint.Store.open", "step 3", first=STOPPED_AT, both=True),
+    Point(
+        "resume: the checkpoints opened", "run.checkpoint.Store.open", "step 3", rank=1, first=STOPPED_AT, how="after"
+    ),
+    Point(
+        "resume: reading the optimizer", "run.checkpoint.load_optimizer", "step 3", rank=1, first=STOPPED_AT, both=True
+    ),
+    Point("resume: sharing the adapters", "train.optim.LayerShardedOptimizer._share", "step 3", first=STOPPED_AT),
     Point(
         "resume: changing the base again",
-        "initialize.add_low_rank",
+        "adapters.lora.add_low_rank",
         "step 3",
         rank=1,
         call=5,
         method="lora_one_v1",
         first=STOPPED_AT,
     ),
-    Point("resume: after one more step", "optim.LayerShardedOptimizer.step", "step 3", first=STOPPED_AT, how="after"),
-    Point("resume: reading a layer group", "checkpoint.Store.load_group", FIRST_GROUP, first="between layer groups"),
+    Point(
+        "resume: after one more step", "train.optim.LayerShardedOptimizer.step", "step 3", first=STOPPED_AT, how="after"
+    ),
+    Point(
+        "resume: reading a layer group", "run.checkpoint.Store.load_group", FIRST_GROUP, first="between layer groups"
+    ),
     Point(
         "resume: removing an old export",
-        "folders.shutil.rmtree",
+        "disk.folders.shutil.rmtree",
         "step 6",
         where="/.adapter.removed",
         call=2,
@@ -194,24 +236,28 @@ class Trial:
 
 def job(raw: dict, folder: Path, point: Point | None, everyone: bool) -> None:
     """Runs on a rank: the run, with what shall kill it planted; leaves its process id, and what it has computed."""
-    from lora_one_dist import train
-    from lora_one_dist.config import parse_config
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.run.story import run
 
     rank = os.environ["RANK"]
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
-    counts = {"gradients": _count("initialize.full_gradient"), "svds": _count("spectral.truncated_svd")}
+    counts = {
+        "gradients": _count("initialise.pairs.full_gradient"),
+        "svds": _count("initialise.spectral.truncated_svd"),
+    }
     if point is not None and int(rank) == point.rank:
         _plant(point, folder, everyone)
-    train.run(parse_config(raw))
+    run(parse_config(raw))
     (folder / f"{rank}.counts").write_text(json.dumps({name: len(calls) for name, calls in counts.items()}))
 
 
 def _place(at: str) -> tuple[Any, str]:
     """The object that holds what is called so in the package, and its name there."""
-    module, *path, name = at.split(".")
-    holder = importlib.import_module(f"lora_one_dist.{module}")
-    for part in path:
-        holder = getattr(holder, part)
+    *path, name = at.split(".")
+    holder: Any = importlib.import_module("lora_one_dist")
+    for part in path:  # modules as long as there are any, then what they hold
+        is_package = hasattr(holder, "__path__")
+        holder = importlib.import_module(f"{holder.__name__}.{part}") if is_package else getattr(holder, part)
     return holder, name
 
 
@@ -421,7 +467,7 @@ def _work(goes_on: str) -> dict[str, int]:
 
 def outcome(out: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on how often it was killed."""
-    from lora_one_dist import folders
+    from lora_one_dist.disk import folders
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     checkpoints = out / "checkpoints"

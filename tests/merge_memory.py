@@ -51,7 +51,9 @@ def make(folder: Path, hidden: int, layers: int, shard_bytes: int) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from lora_one_dist.convert import files, peft_format
+    from lora_one_dist.adapters import peft_format
+    from lora_one_dist.convert import files
+    from lora_one_dist.disk.lazy import LazyTensor
 
     config = LlamaConfig(
         vocab_size=32000,
@@ -80,8 +82,8 @@ def make(folder: Path, hidden: int, layers: int, shard_bytes: int) -> None:
         shapes |= {f"model.layers.{i}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
 
-    def random(shape: tuple[int, ...], dtype: torch.dtype) -> files.LazyTensor:
-        return files.LazyTensor(dtype, shape, lambda: torch.empty(shape, dtype=dtype).normal_(0, 0.02))
+    def random(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+        return LazyTensor(dtype, shape, lambda: torch.empty(shape, dtype=dtype).normal_(0, 0.02))
 
     torch.manual_seed(0)
     with files.new_folder(folder / "base", 0) as partial:

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from lora_one_dist.config import DeepSpeedConfig
+from lora_one_dist.config.settings import DeepSpeedConfig
 
 VOCABULARY = 64
 

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("lora_one_dist", "tests", "ds_configs", "launch", "pyproject.toml")
+AT_ONCE = 2  # errors tried at a time, each in a copy of its own
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,19 @@ class Planted:
 ERRORS = [
     Planted(
         "one layer's gradient off by 1e-3",
-        "gradient.py",
+        "initialise/gradient.py",
         (
             (
                 "            self.pending.append(",
                 "            G *= 1.001 if name.endswith('1.mlp.down_proj') else 1.0\n            self.pending.append(",
             ),
         ),
-        "test_gradient.py",
+        "initialise/test_gradient.py",
         "llama",
     ),
     Planted(
         "U and V swapped (where a square layer hides it from the shapes)",
-        "spectral.py",
+        "initialise/spectral.py",
         (
             (
                 "    return root[:, None] * svd.Vh[:r], -svd.U[:, :r] * root\n",
@@ -53,19 +55,19 @@ ERRORS = [
                 "    return root[:, None] * svd.Vh[:r], -svd.U[:, :r] * root\n",
             ),
         ),
-        "test_initialize.py",
+        "initialise/test_pairs.py",
         "float64_svd and lora_one",
     ),
     Planted(
         "the sign of -G dropped",
-        "spectral.py",
+        "initialise/spectral.py",
         (("-svd.U[:, :r] * root\n", "svd.U[:, :r] * root\n"),),
-        "test_initialize.py",
+        "initialise/test_pairs.py",
         "base_and_loss and lora_one",
     ),
     Planted(
         "the preconditioner after the moments",
-        "optim.py",
+        "train/optim.py",
         (
             (
                 '            if config.preconditioner == "riemannian":\n'
@@ -81,126 +83,126 @@ ERRORS = [
                 "                B.copy_(before[1] + moved[1])\n",
             ),
         ),
-        "test_optim.py",
+        "train/test_optim.py",
         "float64_loop",
     ),
     Planted(
         "no clipping",
-        "optim.py",
+        "train/optim.py",
         (("if self.config.max_grad_norm > 0:", "if self.config.max_grad_norm > 1e9:"),),
-        "test_optim.py",
+        "train/test_optim.py",
         "float64_loop",
     ),
     Planted(
         "a mean of means instead of a token mean, in training",
-        "train.py",
+        "train/loop.py",
         (
             (
-                "        part = model.loss_sum(job.base.module, batch, 1 / targets)\n",
-                "        own = max(1, int((batch['labels'][:, 1:] != -100).sum()))\n"
-                "        part = model.loss_sum(job.base.module, batch, len(samples) / own / len(indices))\n",
+                "        part = loss_sum(base.module, batch, 1 / targets)\n",
+                "        own_targets = max(1, int((batch['labels'][:, 1:] != -100).sum()))\n"
+                "        part = loss_sum(base.module, batch, len(own) / own_targets / len(samples))\n",
             ),
         ),
-        "test_train.py",
+        "run/test_story.py",
         "token_mean",
     ),
     Planted(
         "a mean of means instead of a token mean, in the gradient",
-        "gradient.py",
+        "initialise/gradient.py",
         (('            elif average == "token":\n', '            elif average == "tokens":\n'),),
-        "test_gradient.py",
+        "initialise/test_gradient.py",
         "token",
     ),
     Planted(
         "B preconditioned by the already updated A",
-        "optim.py",
+        "train/optim.py",
         (
             (
                 "        new_B_i.copy_(grad_B_i.double()",
                 "        A64 = A64 - 1e-2 * new_A_i\n        new_B_i.copy_(grad_B_i.double()",
             ),
         ),
-        "test_optim.py",
+        "train/test_optim.py",
         "float64_loop or near_singular",
     ),
     Planted(
         "an fp32 Gram",
-        "optim.py",
+        "train/optim.py",
         (("_damped_inverse(B64.mT @ B64,", "_damped_inverse((B_i.mT @ B_i).double(),"),),
-        "test_optim.py",
+        "train/test_optim.py",
         "near_singular",
     ),
     Planted(
         "the base compensated with the wrong sign",
-        "initialize.py",
+        "adapters/lora.py",
         (("adapter.A.detach(), -scaling)", "adapter.A.detach(), scaling)"),),
-        "test_initialize.py",
+        "initialise/test_pairs.py",
         "base_and_loss and lora_ga",
     ),
     Planted(
         "the exported rank-2r scale doubled under rsLoRA",
-        "adapters.py",
+        "adapters/folder.py",
         (("(math.sqrt(2) if lora.use_rslora else 2)", "2"),),
-        "test_train.py",
+        "run/test_story.py",
         "loads_in_peft and lora_ga",
     ),
     Planted(
         "a rank's idle micro-batch not weightless",
-        "gradient.py",
+        "initialise/gradient.py",
         (
             ("weightless=not positions)", "weightless=False)"),
             ("            if not positions or own_targets == 0:\n", "            if own_targets == 0:\n"),
         ),
-        "test_gradient.py",
+        "initialise/test_gradient.py",
         "3-zero3 or 3-stage0 or 4-zero3",
     ),
     Planted(
         "a parameter's whole copy not compensated",
-        "sharding.py",
+        "base/sharding.py",
         (("    if gathered and ", "    if False and "),),
-        "test_initialize.py",
+        "initialise/test_pairs.py",
         "base_and_loss and lora_ga",
     ),
     Planted(
         "sums over ranks in torch's order",
-        "comm.py",
+        "cluster/hierarchy.py",
         (("    while len(rows) > 1:\n", "    return rows.sum(0)\n    while len(rows) > 1:\n"),),
-        "test_comm.py",
+        "cluster/test_hierarchy.py",
         "tree_sum or same_bits",
     ),
     Planted(
         "slots counted host by host",
-        "comm.py",
+        "cluster/hierarchy.py",
         (
             (
-                "topology.inner.index(rank()) * len(topology.outer) + topology.outer.index(rank())",
-                "topology.outer.index(rank()) * len(topology.inner) + topology.inner.index(rank())",
+                "topology.inner.index(comm.rank()) * len(topology.outer) + topology.outer.index(comm.rank())",
+                "topology.outer.index(comm.rank()) * len(topology.inner) + topology.inner.index(comm.rank())",
             ),
         ),
-        "test_comm.py",
+        "cluster/test_hierarchy.py",
         "naive_sum",
     ),
     Planted(
         "the gather inside the host before the one between hosts",
-        "comm.py",
+        "cluster/hierarchy.py",
         (
             ("len(topology.outer) * own.numel()", "len(topology.inner) * own.numel()"),
             ("_all_gather(of_place, own, topology.outer)", "_all_gather(of_place, own, topology.inner)"),
             ("_all_gather(receive, of_place, topology.inner)", "_all_gather(receive, of_place, topology.outer)"),
         ),
-        "test_comm.py",
+        "cluster/test_hierarchy.py",
         "naive_sum",
     ),
     Planted(
         "hosts of unequal numbers taken for equal",
-        "comm.py",
+        "cluster/meeting.py",
         (("    if len({len(ranks) for ranks in hosts}) > 1:\n", "    if False:\n"),),
-        "test_comm.py",
+        "cluster/test_meeting.py",
         "topology",
     ),
     Planted(
         "a group that a rank lacks taken for all ranks",
-        "comm.py",
+        "cluster/comm.py",
         (
             (
                 "dist.group.WORLD if len(ranks) == world_size() else _get_state().groups[ranks]",
@@ -208,210 +210,211 @@ ERRORS = [
             ),
             ("    if len(ranks) > 1:\n        dist.all_reduce", "    if True:\n        dist.all_reduce"),
         ),
-        "test_comm.py",
+        "cluster/test_hierarchy.py",
         "naive_sum",
     ),
     Planted(
         "the hosts' groups keep the long time-out",
-        "comm.py",
+        "cluster/comm.py",
         (("(None, *(_state.groups.values() if _state else ()))", "(None,)"),),
-        "test_comm.py",
+        "cluster/test_comm.py",
         "own_time",
     ),
     Planted(
         "an agreed failure reported by who is first",
-        "comm.py",
+        "cluster/comm.py",
         (
             (
                 "    if isinstance(error, RankError):\n        return error.__cause__ is None",
                 "    if False:\n        return",
             ),
         ),
-        "test_comm.py",
+        "cluster/test_comm.py",
         "failure_is_told and agreed",
     ),
     Planted(
         "rank 0's loss told by first ranks of hosts alone",
-        "comm.py",
+        "cluster/comm.py",
         (("own == first_left", "_state.launch.local_rank == 0"),),
-        "test_comm.py",
+        "cluster/test_comm.py",
         "loss_of_rank_0",
     ),
     Planted(
         "a signal taken for the cause",
-        "watch.py",
+        "cluster/watch.py",
         (("        if weak:\n", "        if False:\n"),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "hide",
     ),
     Planted(
         "a symptom told at once",
-        "watch.py",
+        "cluster/watch.py",
         (("        if symptom and ", "        if False and "),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "symptom",
     ),
     Planted(
         "those lost with a rank not waited for",
-        "watch.py",
+        "cluster/watch.py",
         (
             (
                 "                self.judge_at = min(self.judge_at, time.monotonic() + SETTLE_SECONDS)\n",
                 "                self.judge_at = time.monotonic()\n",
             ),
         ),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "lost_soon_after",
     ),
     Planted(
         "a forked child's signals taken for its parent's",
-        "watch.py",
+        "cluster/watch.py",
         (("            os.register_at_fork(after_in_child=self._forget_signals)\n", ""),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "forked",
     ),
     Planted(
         "signals seen between collectives only",
-        "watch.py",
+        "cluster/watch.py",
         (
             ("            signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)\n", ""),
             ("lambda *_: None)\n", "lambda number, _: self.wake.send(bytes([number])))\n"),
         ),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "signal",
     ),
     Planted(
         "a stranger's words end the watch",
-        "watch.py",
+        "cluster/watch.py",
         (("except (ValueError, TypeError, AttributeError, RecursionError):", "except ValueError:"),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "stranger",
     ),
     Planted(
         "a stranger's token not looked at",
-        "watch.py",
+        "cluster/watch.py",
         (('if not secrets.compare_digest(str(message.get("token")), self.token):', "if False:"),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "stranger",
     ),
     Planted(
         "rank 0 leaves without a word",
-        "watch.py",
+        "cluster/watch.py",
         (('                line.send({"over": True})\n', "                pass\n"),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "leaving",
     ),
     Planted(
         "the others leave without a word",
-        "watch.py",
+        "cluster/watch.py",
         (('                self.hub.send({"left": True})\n', "                pass\n"),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "leaving",
     ),
     Planted(
         "a launcher's end not looked for",
-        "watch.py",
+        "cluster/watch.py",
         (("if self.parent is not None and ", "if False and "),),
-        "test_watch.py",
+        "cluster/test_watch.py",
         "launcher",
     ),
     Planted(
         "the shard group ignored",
-        "sharding.py",
+        "base/sharding.py",
         (("comm.shard_group(shard_group)", 'comm.shard_group("world")'),),
-        "test_model.py",
+        "base/test_loading.py",
         "holds_its_share",
     ),
     Planted(
         "a rounding counted once a copy of the base",
-        "initialize.py",
+        "adapters/lora.py",
         (("    squared_errors /= base.copies", "    squared_errors /= 1"),),
-        "test_initialize.py",
+        "initialise/test_pairs.py",
         "rounding",
     ),
     Planted(
         "hosts share a base that rank 0 alone reads",
-        "model.py",
+        "base/loading.py",
         (('planned.sources is None and shard_group == "node"', "False"),),
-        "test_train.py",
+        "run/test_story.py",
         "hosts_cannot_share",
     ),
     Planted(
         "a launcher ends well after a failure",
         "../launch/supervise.py",
         (("return code or (EXIT_FAILED if failed.is_set() else 0)", "return code"),),
-        "test_supervise.py",
+        "launch/test_supervise.py",
         "never_ends_well",
     ),
     Planted(
         "any rank that failed in a text is a failure",
         "../launch/supervise.py",
         (('rb"(^|: )rank \\d+ on \\S+ failed"', 'rb"rank \\d+ .*failed"'),),
-        "test_supervise.py",
+        "launch/test_supervise.py",
         "tells_no_failure",
     ),
     Planted(
         "a hanging launcher's children left behind",
         "../launch/supervise.py",
         (("(*family.children(recursive=True), family)", "(family,)"),),
-        "test_supervise.py",
+        "launch/test_supervise.py",
         "hangs",
     ),
     Planted(
         "srun told twice to end",
         "../launch/supervise.py",
         (('    if number != signal.SIGTERM or "SLURM_JOB_ID" not in os.environ:\n', "    if True:\n"),),
-        "test_supervise.py",
+        "launch/test_supervise.py",
         "slurm",
     ),
     Planted(
         "second moments lost on resume",
-        "optim.py",
+        "train/optim.py",
         (
             (
                 '(("master", self.masters), ("exp_avg", self.first), ("exp_avg_sq", self.second))',
                 '(("master", self.masters), ("exp_avg", self.first))',
             ),
         ),
-        "test_resume.py",
+        "run/test_resume.py",
         "same_bits and lora_one",
     ),
     Planted(
         "bias correction counted anew on resume",
-        "optim.py",
+        "train/optim.py",
         (("self.steps, self.checked = steps, steps > 0", "self.steps, self.checked = 0, steps > 0"),),
-        "test_resume.py",
+        "run/test_resume.py",
         "same_bits and lora_one",
     ),
     Planted(
         "the base compensated with the wrong sign on resume",
-        "adapters.py",
+        "adapters/folder.py",
         (("-reader.get_tensor(B)[:, r:]", "reader.get_tensor(B)[:, r:]"),),
-        "test_resume.py",
+        "run/test_resume.py",
         "same_bits and lora_ga",
     ),
     Planted(
         "dropout's seed left to chance",
-        "train.py",
+        "train/loop.py",
         (
             (
-                "    _seed_dropout(job, step)\n    for samples, batch in _micro_batches(job, indices):\n        part",
-                "    for samples, batch in _micro_batches(job, indices):\n        part",
+                "    _seed_dropout(batches.config, step)\n"
+                "    for own, batch in batches.micro_batches(samples):\n        part",
+                "    for own, batch in batches.micro_batches(samples):\n        part",
             ),
         ),
-        "test_kill.py",
+        "run/test_killed.py",
         "point",
     ),
     Planted(
         "hashes not compared",
-        "folders.py",
+        "disk/folders.py",
         (('if digest.hexdigest() != entry["sha256"]:', "if False:"),),
-        "test_resume.py",
+        "run/test_resume.py",
         "damaged_file",
     ),
     Planted(
         "a checkpoint appears before its manifest",
-        "folders.py",
+        "disk/folders.py",
         (
             (
                 "    _write_file(partial / MANIFEST, manifest_text(files).encode())\n",
@@ -423,52 +426,52 @@ ERRORS = [
                 "    sync_folder(folder.parent)\n\n\ndef sync",
             ),
         ),
-        "test_folders.py",
+        "disk/test_folders.py",
         "failure_of_rank_0",
     ),
     Planted(
         "metrics of steps that are done again stay",
-        "metrics.py",
+        "run/metrics.py",
         (("if self.lines.tell() > keep_bytes:", "if False:"),),
-        "test_kill.py",
+        "run/test_killed.py",
         "point",
     ),
     Planted(
         "another base of the same shape taken for this one",
-        "weights.py",
+        "disk/weights.py",
         (('label.encode() + b"\\0" + file.read(min(count, SAMPLE_BYTES))', "label.encode()"),),
-        "test_resume.py",
+        "run/test_resume.py",
         "another_run",
     ),
     Planted(
         "ranks stop without asking each other",
-        "train.py",
+        "train/loop.py",
         (
             (
                 "loss, tokens, asked = comm.all_sum(sums).tolist()",
                 "loss, tokens, _ = comm.all_sum(sums).tolist()\n        asked = comm.stop_asked()",
             ),
         ),
-        "test_resume.py",
+        "run/test_resume.py",
         "any_number_of_ranks",
     ),
     Planted(
         "the logits' gradient lacks the target's part in the last rows",
-        "model.py",
+        "base/loss.py",
         (("index, torch.full_like(normalizer, -1.0)", "index[:4], torch.full_like(normalizer[:4], -1.0)"),),
-        "test_model.py",
+        "base/test_loss.py",
         "autograds",
     ),
     Planted(
         "a layer group's graph starts a block too high",
-        "gradient.py",
+        "initialise/gradient.py",
         (("below = list(takewhile(", "below = stack[:1] + list(takewhile("),),
-        "test_gradient.py",
+        "initialise/test_gradient.py",
         "first_block",
     ),
     Planted(
         "positions run on through packed documents",
-        "data.py",
+        "data/batches.py",
         (
             (
                 '        batch["position_ids"] = torch.stack([torch.cat(row) for row in positions])',
@@ -476,24 +479,24 @@ ERRORS = [
                 'batch["input_ids"])',
             ),
         ),
-        "test_packing.py",
+        "data/test_packing.py",
         "llama",
     ),
     Planted(
         "a packed document's first token is predicted from the one before",
-        "packing.py",
+        "data/packing.py",
         (("[IGNORE_INDEX, *document[1:]]", "document"),),
-        "test_packing.py",
+        "data/test_packing.py",
         "llama or document",
     ),
     Planted(
         "what a recomputation does not need is recomputed: the adapter's branch comes last",
-        "model.py",
+        "adapters/lora.py",
         (
             ("        output = self.base_layer(x)\n", ""),
             ("        change = B(A(", "        output = self.base_layer(x)\n        change = B(A("),
         ),
-        "test_gradient.py",
+        "initialise/test_gradient.py",
         "recomputation",
     ),
 ]
@@ -524,10 +527,10 @@ def noticed(error: Planted) -> bool:
 def main() -> int:
     chosen = [error for error in ERRORS if not sys.argv[1:] or error.name in sys.argv[1:]]
     missed = 0
-    for error in chosen:
-        caught = noticed(error)
-        missed += not caught
-        print(f"{'caught' if caught else 'MISSED'}  {error.name}  ({error.tests} -k '{error.only}')", flush=True)
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        for error, caught in zip(chosen, pool.map(noticed, chosen), strict=True):
+            missed += not caught
+            print(f"{'caught' if caught else 'MISSED'}  {error.name}  ({error.tests} -k '{error.only}')", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return 1 if missed else 0
 

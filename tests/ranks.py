@@ -18,7 +18,7 @@ from typing import Any
 
 TIMEOUT_SECONDS = 240
 RENDEZVOUS_SECONDS = 20  # of commands: no launcher ends those that wait for one that died
-PRELOAD = ["tests.ranks", "lora_one_dist.train", "tests.models"]
+PRELOAD = ["tests.ranks", "lora_one_dist.run.story", "tests.models"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
@@ -94,7 +94,7 @@ def _become(env: dict[str, str], host: str) -> None:
 def _rank(
     env: dict[str, str], host: str, pipe: Any, init: bool, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    from lora_one_dist import comm
+    from lora_one_dist.cluster import comm
 
     _become(env, host)
     try:
@@ -136,8 +136,8 @@ def start_commands(
 def _command(
     env: dict[str, str], host: str, streams: tuple[Path, Path], function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    from lora_one_dist import comm
-    from lora_one_dist.config import CommConfig
+    from lora_one_dist.cluster import comm
+    from lora_one_dist.config.settings import CommConfig
 
     _become(env, host)
     for number, path in enumerate(streams, start=1):

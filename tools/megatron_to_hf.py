@@ -1,37 +1,11 @@
-"""Convert a Megatron-core distributed checkpoint (torch_dist) of a Llama, Mistral or Qwen to a Hugging Face model.
+"""The command line of lora_one_dist/commands/megatron_to_hf.py: ``python tools/megatron_to_hf.py --help``."""
 
-    python tools/megatron_to_hf.py llama_megatron --out llama
-    python tools/megatron_to_hf.py checkpoints/iter_0001000 --hf original_llama --out llama
-
-Saved at any tensor- and pipeline-parallel size; optimizer states are left out, types are kept. config.json and the
-tokenizer come from --hf, or from the checkpoint's own hf folder, where tools/hf_to_megatron.py puts them.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
 
-from lora_one_dist.convert import command, files, megatron_model
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or of one of its iterations")
-    command.add_out(parser)
-    parser.add_argument("--hf", type=Path, help="folder with the model's config.json and tokenizer (CHECKPOINT/hf)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    files.refuse_existing(arguments.out)
-    planned = megatron_model.plan_to_hf(arguments.checkpoint, arguments.hf)
-    return command.carry_out(planned, megatron_model.run_to_hf, arguments.out, arguments.dry_run)
-
+from lora_one_dist.commands import megatron_to_hf
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(megatron_to_hf.main())

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.convert import export, files, megatron_lora, megatron_model, peft_format, zero
-from lora_one_dist.convert.files import ConversionError, LazyTensor
+from lora_one_dist.adapters import peft_format
+from lora_one_dist.convert import export, files, megatron_lora, megatron_model, zero, zero_checkpoint
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor
 
 PART = 2**24  # elements compared at a time, in fp64
 
@@ -81,7 +82,7 @@ def open_any(
     if wrong:
         raise ConversionError(f"{path}: {wrong[0]} is not what {files.CHECKSUMS} says. Copy it again.")
     notes = [] if wrong is None else [f"{path}: every file has the hash of {files.CHECKSUMS}"]
-    if zero.is_checkpoint(path):
+    if zero_checkpoint.is_checkpoint(path):
         adapter = zero.plan(path, adapter_config=adapter_config, lora_alpha=lora_alpha)
         return _adapter(path, "ZeRO checkpoint", adapter.config, adapter.tensors, adapter.notes)
     if (path / "config.json").is_file() and not (path / peft_format.CONFIG).is_file():

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from lora_one_dist import folders
-from lora_one_dist.convert import files, peft_format
-from lora_one_dist.convert.files import ConversionError, LazyTensor
-from lora_one_dist.convert.peft_format import Layer
+from lora_one_dist.adapters import peft_format
+from lora_one_dist.adapters.peft_format import Layer
+from lora_one_dist.convert import files
+from lora_one_dist.disk import folders
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json, read_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT = "export_report.json"
@@ -180,7 +181,7 @@ def adapter_folder(source: Path, step: int | None) -> tuple[Path, list[str]]:
         wrong = folders.own_fault(source)
         if wrong is not None:
             raise ConversionError(f"{wrong}. Take another checkpoint.")
-        state = files.read_json(source / "state.json")
+        state = read_json(source / "state.json")
         return source / "adapter", [f"{source}: step {state['step']}, every hash as written"]
     if not (source / peft_format.CONFIG).is_file():
         raise ConversionError(f"{source}: is no run folder, no checkpoint and no PEFT folder. Give one of these.")
@@ -192,7 +193,7 @@ def _with_masters(folder: Path, layers: dict[str, Layer]) -> dict[str, Layer]:
     paths = sorted(folder.parent.glob("optimizer-*-of-*.safetensors"))
     if not paths:
         raise ConversionError(f"{folder.parent}: holds no optimizer. Give a checkpoint, or leave --masters out.")
-    masters = files.read_safetensors(paths)
+    masters = read_safetensors(paths)
     return {name: _with_master(layer, masters, folder.parent) for name, layer in layers.items()}
 
 

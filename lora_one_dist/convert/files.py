@@ -10,23 +10,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from lora_one_dist.disk import folders
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json, read_safetensors, write_safetensors
 
-from lora_one_dist import folders
-from lora_one_dist.weights import FILE_DTYPES, TensorSource, WeightsError, read_header
-
-KINDS = {dtype: kind for kind, dtype in FILE_DTYPES.items()}  # what the safetensors format calls each type
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKSUMS = "SHA256SUMS"
 SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained cuts them
@@ -34,76 +27,6 @@ SPARE_BYTES = 64 * 2**20  # of the disk, for what is not weights
 READ_BYTES = 16 * 2**20  # hashed at a time
 PROGRESS_SECONDS = 0.5  # between two lines of progress on a terminal
 LOG_SECONDS = 10.0  # and where they go to a file
-
-
-class ConversionError(ValueError):
-    """Something that cannot be converted: value, rule, remedy."""
-
-
-def listed(problems: Sequence[str], most: int = 3) -> str:
-    """Problems in one line: the first ones, and how many there are."""
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor whose type and shape are known and whose values ``read`` gets, anew at each call."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def stored(source: TensorSource) -> LazyTensor:
-    """A tensor of a safetensors file."""
-    dtype = source.dtype
-    if dtype is None:
-        raise ConversionError(
-            f"{source.path}: holds a tensor of type {source.kind}, which torch has not. Update torch."
-        )
-    return LazyTensor(dtype, source.shape, lambda: _read(source, dtype))
-
-
-def _read(source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.empty(source.shape, dtype=dtype)
-    view: Any = _bytes_of(tensor)
-    with source.path.open("rb", buffering=0) as file:
-        file.seek(source.offset)
-        done = 0
-        while done < source.num_bytes:  # one call reads at most 2 GiB
-            got = file.readinto(view[done:])
-            if not got:
-                raise WeightsError(f"{source.path}: ended early; it changed after its header was read.")
-            done += got
-    return tensor
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def read_safetensors(paths: Sequence[Path]) -> dict[str, LazyTensor]:
-    """The tensors of several files as one mapping.
-
-    Raises:
-        ConversionError, WeightsError: for a missing or broken file, or a name that two of them hold.
-    """
-    found: dict[str, LazyTensor] = {}
-    for path in paths:
-        if not path.is_file():
-            raise ConversionError(f"{path}: missing. Copy or fetch the whole checkpoint again.")
-        for name, source in read_header(path).items():
-            if name in found:
-                raise ConversionError(
-                    f"{path}: holds {name}, as another of its files does. Fetch the checkpoint again."
-                )
-            found[name] = stored(source)
-    return found
 
 
 def model_shards(folder: Path) -> dict[str, dict[str, LazyTensor]]:
@@ -136,14 +59,6 @@ def model_shards(folder: Path) -> dict[str, dict[str, LazyTensor]]:
     return shards
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConversionError if it cannot be read or holds no mapping."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{path}: cannot be read: {error}. Copy it again.") from error
-
-
 def shard(tensors: Mapping[str, LazyTensor], max_bytes: int = SHARD_BYTES) -> dict[str, dict[str, LazyTensor]]:
     """Cut a model into files of at most ``max_bytes``, in order; a larger tensor gets a file of its own.  Pure."""
     parts: list[dict[str, LazyTensor]] = [{}]
@@ -160,6 +75,7 @@ def shard(tensors: Mapping[str, LazyTensor], max_bytes: int = SHARD_BYTES) -> di
 
 
 def num_bytes(shards: Mapping[str, Mapping[str, LazyTensor]]) -> int:
+    """Of all tensors of a model, by file and by name."""
     return sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors.values())
 
 
@@ -186,36 +102,6 @@ def write_model(
         weight_map = {name: file for file, tensors in shards.items() for name in tensors}
         content = {"metadata": {"total_size": num_bytes(shards)}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], None] = lambda _: None
-) -> None:
-    """Write one file, a tensor at a time: the header follows from types and shapes alone.
-
-    Args:
-        done: told the bytes of each tensor that is written.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # Wider types first, as the library writes them: so each tensor starts at a multiple of its type's size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    for name, tensor in ordered:
-        start, end = end, end + tensor.num_bytes
-        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in ordered:
-            values = tensor.read()
-            found, planned = (values.dtype, tuple(values.shape)), (tensor.dtype, tensor.shape)
-            assert found == planned, f"{name} came as {found}, was announced as {planned}"
-            file.write(_bytes_of(values))
-            del values  # before the next is read
-            done(tensor.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -247,11 +133,13 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def refuse_existing(folder: Path) -> None:
+    """Raise ConversionError if there is anything under that name."""
     if folder.exists() or folder.is_symlink():
         raise ConversionError(f"{folder}: is there already, and is not overwritten. Give a new name, or remove it.")
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise ConversionError if the disk has no room for so many bytes and SPARE_BYTES."""
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(above).free
     if free < needed_bytes + SPARE_BYTES:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.convert import files
-from lora_one_dist.convert.files import ConversionError, LazyTensor
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "llama3")  # that Megatron-core has
@@ -279,5 +278,5 @@ def _refuse_other_shapes(tensors: Mapping[str, LazyTensor], wanted: Mapping[str,
             problems.append(f"{name} is {tensors[name].shape}, must be {size}")
     if problems:
         raise ConversionError(
-            f"{where}: does not fit its config.json: {files.listed(problems)}. Give the config of this model."
+            f"{where}: does not fit its config.json: {listed(problems)}. Give the config of this model."
         )

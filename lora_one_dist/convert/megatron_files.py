@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from lora_one_dist.convert import files
-from lora_one_dist.convert.files import ConversionError, LazyTensor
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 BACKEND |= {"common_backend": "torch", "common_backend_version": 1}
@@ -138,7 +138,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ConversionError: if a file is missing or cut short, or pieces do not make up their tensor.
     """
     folder = find(folder)
-    backend = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    backend = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if backend.get("sharded_backend") != BACKEND["sharded_backend"]:
         raise ConversionError(
             f"{folder}: its format is {backend.get('sharded_backend')}, must be torch_dist. Save with --ckpt-format "

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 import yaml
 
-from lora_one_dist.convert import files, megatron, megatron_files, megatron_model, peft_format
-from lora_one_dist.convert.files import ConversionError, LazyTensor
+from lora_one_dist.adapters import peft_format
+from lora_one_dist.convert import files, megatron, megatron_files, megatron_model
 from lora_one_dist.convert.megatron import Geometry
-from lora_one_dist.convert.peft_format import Layer
+from lora_one_dist.convert.megatron_blocks import MODULES, Blocks, Split, cut, groups_of, has_part, size_of
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json
 
 CANONICAL, FUSED = "canonical", "fused"
 CLASSES = {
@@ -38,20 +39,6 @@ CLASSES = {
     FUSED: "megatron.bridge.peft.lora.LoRA",
 }
 RUN_CONFIG = "run_config.yaml"
-# Each linear layer of Megatron's, and of its parts: Bridge's adapter, its name in target_modules, PEFT's layer.
-MODULES = {
-    "self_attention.linear_qkv": [
-        ("adapter_q", "linear_q", "self_attn.q_proj"),
-        ("adapter_k", "linear_k", "self_attn.k_proj"),
-        ("adapter_v", "linear_v", "self_attn.v_proj"),
-    ],
-    "self_attention.linear_proj": [("", "linear_proj", "self_attn.o_proj")],
-    "mlp.linear_fc1": [
-        ("adapter_gate", "linear_fc1_gate", "mlp.gate_proj"),
-        ("adapter_up", "linear_fc1_up", "mlp.up_proj"),
-    ],
-    "mlp.linear_fc2": [("", "linear_fc2", "mlp.down_proj")],
-}
 ADAPTER = re.compile(
     r"decoder\.layers\.(?P<layer>\d+)\.(?P<module>\w+\.\w+)\.adapter\.(?:(?P<part>adapter_\w+)\.)?"
     r"linear_(?P<side>in|out)\.weight"
@@ -93,7 +80,7 @@ def plan_to_megatron(adapter: Path, base: Path, tp: int, pp: int, form: str = CA
     Raises:
         ConversionError: for an adapter of another model, or of a kind that Bridge has not.
     """
-    shape = megatron.geometry(files.read_json(base / "config.json"), str(base))
+    shape = megatron.geometry(read_json(base / "config.json"), str(base))
     megatron.check_parallel(shape, tp, pp)
     if form == CANONICAL and shape.ffn % (2 * tp):
         raise ConversionError(f"--tp {tp}: twice it does not divide the {shape.ffn} MLP rows. Give a smaller one.")
@@ -108,7 +95,7 @@ def plan_to_megatron(adapter: Path, base: Path, tp: int, pp: int, form: str = CA
     blocks = {
         f"decoder.layers.{i}.{module}.adapter{'.' if part else ''}{part}": (
             module,
-            _Blocks([opened.layers.get(f"model.layers.{i}.{hf}") for hf in held], held, shape, scale),
+            Blocks([opened.layers.get(f"model.layers.{i}.{hf}") for hf in held], held, shape, scale),
         )
         for module, adapters in used.items()
         for i in range(shape.layers)
@@ -127,14 +114,17 @@ def plan_to_megatron(adapter: Path, base: Path, tp: int, pp: int, form: str = CA
         part for m in used for part in ([t for _, t, _ in MODULES[m]] if form == CANONICAL else [m.split(".")[1]])
     ]
     peft = {"_target_": CLASSES[form], "target_modules": targets, "dim": rank, "alpha": alpha, "dropout": dropout}
-    run_config = {
+    notes = [f"{CLASSES[form].rpartition('.')[2]}(dim={rank}, alpha={alpha}, target_modules={targets})"]
+    notes += _notes(opened, scale, rank, [block for _, block in blocks.values()])
+    return Plan(base, tensors, dict(opened.config), notes, _run_config(peft, tp, pp))
+
+
+def _run_config(peft: dict[str, Any], tp: int, pp: int) -> dict[str, Any]:
+    return {
         "model": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
         "peft": peft,
     }
-    notes = [f"{CLASSES[form].rpartition('.')[2]}(dim={rank}, alpha={alpha}, target_modules={targets})"]
-    notes += _notes(opened, scale, rank, [block for _, block in blocks.values()])
-    return Plan(base, tensors, dict(opened.config), notes, run_config)
 
 
 def run_to_megatron(planned: Plan, out: Path) -> None:
@@ -144,7 +134,7 @@ def run_to_megatron(planned: Plan, out: Path) -> None:
         release, hf = partial / megatron_model.RELEASE, partial / megatron_model.HF
         for folder in (release, hf):
             folder.mkdir()
-        megatron_files.write(release, planned.tensors, lambda name: _cut(name, tp), planned.run_config["model"])
+        megatron_files.write(release, planned.tensors, lambda name: cut(name, tp), planned.run_config["model"])
         (release / RUN_CONFIG).write_text(yaml.safe_dump(planned.run_config, sort_keys=False), encoding="utf-8")
         (hf / "config.json").write_bytes((planned.hf / "config.json").read_bytes())
         peft_format.write_config(hf, planned.adapter_config)
@@ -159,14 +149,14 @@ def plan_to_peft(checkpoint: Path, hf: Path | None = None) -> Plan:
     """
     opened = megatron_files.open_checkpoint(checkpoint)
     folder = megatron_model.hf_folder(checkpoint, opened, hf)
-    shape = megatron.geometry(files.read_json(folder / "config.json"), str(folder))
+    shape = megatron.geometry(read_json(folder / "config.json"), str(folder))
     tp, scale = _training(opened)
     tensors: dict[str, LazyTensor] = {}
     ranks: dict[str, int] = {}
     adapters, left = _by_adapter(opened)
     for (i, module, part), (A, B) in adapters.items():
         hf_names = [hf_name for adapter, _, hf_name in MODULES[module] if part in ("", adapter)]
-        sizes = [_size(shape, name) for name in hf_names]
+        sizes = [size_of(shape, name) for name in hf_names]
         wanted = ((A.shape[0], sizes[0][1]), (sum(rows for rows, _ in sizes), A.shape[0]))
         if (A.shape, B.shape) != wanted or not 0 <= i < shape.layers:
             raise ConversionError(
@@ -174,7 +164,7 @@ def plan_to_peft(checkpoint: Path, hf: Path | None = None) -> Plan:
                 f"and {wanted[1]} in each of {shape.layers} layers. Give --hf, the model that it was trained on."
             )
         permuted = tp if part and module == "mlp.linear_fc1" else 1
-        split = _Split(A, B, [rows for rows, _ in sizes], _groups(shape, hf_names), permuted)
+        split = Split(A, B, [rows for rows, _ in sizes], groups_of(shape, hf_names), permuted)
         for name, (part_A, part_B) in zip(hf_names, split.parts(), strict=True):
             if part_A.shape[0]:
                 layer = f"model.layers.{i}.{name}"
@@ -198,96 +188,9 @@ def run_to_peft(planned: Plan, out: Path) -> None:
         progress.end()
 
 
-# PEFT to Megatron
-
-
 def _adapters(parts: Sequence[tuple[str, str, str]], form: str) -> dict[str, list[str]]:
     """Bridge's adapters on a linear layer, and PEFT's layers in each."""
     return {part: [hf] for part, _, hf in parts} if form == CANONICAL else {"": [hf for _, _, hf in parts]}
-
-
-class _Blocks:
-    """The adapters of some of PEFT's layers as one of Bridge's: A on A, B along a diagonal, or beside each other."""
-
-    def __init__(self, layers: Sequence[Layer | None], names: Sequence[str], shape: Geometry, scale: float):
-        self.layers, self.scale, self.groups = layers, scale, _groups(shape, names)
-        self.sizes = [_size(shape, name) for name in names]
-        ranks = [layer.r if layer else 0 for layer in layers]
-        self.shared = len(layers) > 1 and _share_a(layers)
-        self.offsets = [0 if self.shared else sum(ranks[:i]) for i in range(len(ranks))]
-        self.rank = max(offset + r for offset, r in zip(self.offsets, ranks, strict=True))
-        self.is_diagonal = self.rank > max(ranks)
-
-    def tensors(self, rank: int, dtype: torch.dtype, tp: int) -> tuple[LazyTensor, LazyTensor]:
-        rows = sum(out for out, _ in self.sizes)
-        A = LazyTensor(dtype, (rank, self.sizes[0][1]), lambda: self.stacked(rank, dtype))
-        return A, LazyTensor(dtype, (rows, rank), lambda: permute_halves(self.joined(rank, dtype), tp))
-
-    def stacked(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        made = torch.zeros(rank, self.sizes[0][1], dtype=dtype)
-        for layer, offset in zip(self.layers, self.offsets, strict=True):
-            if layer:
-                made[offset : offset + layer.r] = layer.A.read()
-        return made
-
-    def joined(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        parts = []
-        for layer, offset, (rows, _) in zip(self.layers, self.offsets, self.sizes, strict=True):
-            part = torch.zeros(rows, rank, dtype=dtype)
-            if layer:
-                values = layer.B.read()
-                factor = layer.scale / self.scale
-                part[:, offset : offset + layer.r] = values if factor == 1 else values.double() * factor
-            parts.append(part)
-        return megatron.join(parts, self.groups)
-
-
-def _share_a(layers: Sequence[Layer | None]) -> bool:
-    """Have all these layers the same A and the same scale?"""
-    first, *others = layers
-    return first is not None and all(
-        other is not None
-        and (other.scale, other.A.shape) == (first.scale, first.A.shape)
-        and torch.equal(other.A.read(), first.A.read())
-        for other in others
-    )
-
-
-def permute_halves(B: torch.Tensor, tp: int) -> torch.Tensor:
-    """Rows of B as Bridge stores those of ``adapter_gate`` and ``adapter_up``: each rank's first half, then each's
-    second, as if every one of the two held gate and up.  Pure; :func:`restore_halves` is its inverse.
-    """
-    return B.view(tp, 2, -1, B.shape[1]).transpose(0, 1).reshape(B.shape) if tp > 1 else B
-
-
-def restore_halves(B: torch.Tensor, tp: int) -> torch.Tensor:
-    return B.view(2, tp, -1, B.shape[1]).transpose(0, 1).reshape(B.shape) if tp > 1 else B
-
-
-def _size(shape: Geometry, name: str) -> tuple[int, int]:
-    """Rows and columns of a layer of the base."""
-    q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    return {
-        "self_attn.q_proj": (q, shape.hidden),
-        "self_attn.k_proj": (kv, shape.hidden),
-        "self_attn.v_proj": (kv, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, q),
-        "mlp.gate_proj": (shape.ffn, shape.hidden),
-        "mlp.up_proj": (shape.ffn, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.ffn),
-    }[name]
-
-
-def _groups(shape: Geometry, names: Sequence[str]) -> int:
-    """Of rows that take turns in a fused B: as :func:`megatron.join` takes them."""
-    return shape.groups if len(names) == len(megatron.QKV) else 1
-
-
-def _cut(name: str, tp: int) -> tuple[int, int]:
-    """Axis and number of pieces, as tensor-parallel ranks hold an adapter."""
-    if name.endswith("linear_in.weight"):
-        return (1 if ".linear_proj." in name or ".linear_fc2." in name else 0), tp
-    return 0, 2 * tp if ".linear_fc1." in name else tp
 
 
 def _refuse_misfits(opened: peft_format.Adapter, shape: Geometry) -> None:
@@ -298,17 +201,17 @@ def _refuse_misfits(opened: peft_format.Adapter, shape: Geometry) -> None:
     for name, layer in opened.layers.items():
         if name not in known:
             problems.append(f"{name} is no linear layer of this model's blocks")
-        elif (layer.B.shape[0], layer.A.shape[1]) != _size(shape, known[name]):
-            found, wanted = (layer.B.shape[0], layer.A.shape[1]), _size(shape, known[name])
+        elif (layer.B.shape[0], layer.A.shape[1]) != size_of(shape, known[name]):
+            found, wanted = (layer.B.shape[0], layer.A.shape[1]), size_of(shape, known[name])
             problems.append(f"{name} is on a layer of {found}, the model has {wanted}")
     if problems:
         raise ConversionError(
-            f"{opened.where}: {files.listed(problems)}. Bridge's LoRA has no place for it: give --base, the model it "
+            f"{opened.where}: {listed(problems)}. Bridge's LoRA has no place for it: give --base, the model it "
             "was trained on, or merge it (tools/merge_adapter.py) and convert the model."
         )
 
 
-def _notes(opened: peft_format.Adapter, scale: float, rank: int, blocks: Sequence[_Blocks]) -> list[str]:
+def _notes(opened: peft_format.Adapter, scale: float, rank: int, blocks: Sequence[Blocks]) -> list[str]:
     notes = []
     changed = [name for name, layer in opened.layers.items() if layer.scale != scale]
     if changed:
@@ -326,9 +229,6 @@ def _notes(opened: peft_format.Adapter, scale: float, rank: int, blocks: Sequenc
     if filled:
         notes.append(f"{filled} layers without an adapter get one of zeros, which stays zero in training")
     return notes
-
-
-# Megatron to PEFT
 
 
 def _training(opened: megatron_files.Checkpoint) -> tuple[int, float]:
@@ -363,7 +263,7 @@ def _by_adapter(
     left = 0
     for name, tensor in opened.tensors.items():
         found = ADAPTER.fullmatch(name)
-        known = found and found["module"] in MODULES and _has_part(found["module"], found["part"] or "")
+        known = found and found["module"] in MODULES and has_part(found["module"], found["part"] or "")
         if found and known:
             key = (int(found["layer"]), found["module"], found["part"] or "")
             sides.setdefault(key, {})[found["side"]] = tensor
@@ -384,45 +284,12 @@ def _by_adapter(
     return {key: (sides[key]["in"], sides[key]["out"]) for key in keys}, left
 
 
-def _has_part(module: str, part: str) -> bool:
-    """Has Bridge such an adapter on this layer: one of its parts, or one for all?"""
-    return part == "" or part in [adapter for adapter, _, _ in MODULES[module]]
-
-
-class _Split:
-    """One of Bridge's adapters as PEFT's: for each part its rows of B, and of the rank what it uses."""
-
-    def __init__(self, A: LazyTensor, B: LazyTensor, rows: Sequence[int], groups: int, tp: int):
-        self.A, self.B, self.tp, self.groups = A, B, tp, groups
-        self.counts = [count // groups for count in rows]
-        used_A, whole = A.read().any(1), restore_halves(B.read(), tp)
-        used_B = torch.stack([self._rows(whole, i).reshape(-1, A.shape[0]).any(0) for i in range(len(rows))])
-        # Where only a sibling's B is not zero, the rank is the sibling's: a block of a diagonal.
-        self.kept = [(used | (used_A & ~used_B.any(0))).nonzero().flatten() for used in used_B]
-
-    def _rows(self, B: torch.Tensor, index: int) -> torch.Tensor:
-        return megatron.take(B, self.groups, self.counts, index)
-
-    def parts(self) -> list[tuple[LazyTensor, LazyTensor]]:
-        return [self._part(i, kept) for i, kept in enumerate(self.kept)]
-
-    def _part(self, index: int, kept: torch.Tensor) -> tuple[LazyTensor, LazyTensor]:
-        rows, rank = self.groups * self.counts[index], len(kept)
-
-        def read_rows() -> torch.Tensor:
-            part = self._rows(restore_halves(self.B.read(), self.tp), index)
-            return part.reshape(rows, -1)[:, kept].contiguous()
-
-        A = LazyTensor(self.A.dtype, (rank, self.A.shape[1]), lambda: self.A.read()[kept])
-        return A, LazyTensor(self.B.dtype, (rows, rank), read_rows)
-
-
 def _adapter_config(
     folder: Path, tensors: Mapping[str, LazyTensor], ranks: Mapping[str, int], scale: float
 ) -> tuple[dict[str, Any], str]:
     """The adapter_config.json that it was converted from, if that still fits, or one made of the tensors."""
     path = folder / peft_format.CONFIG
-    original = files.read_json(path) if path.is_file() else {}
+    original = read_json(path) if path.is_file() else {}
     if original:
         try:
             layers = list(peft_format.check(original, tensors, str(path)).layers.values())

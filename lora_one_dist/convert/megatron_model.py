@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.convert import files, megatron, megatron_files
-from lora_one_dist.convert.files import ConversionError, LazyTensor
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json
 
 RELEASE, HF = "release", "hf"
 EXTRA_STATES = [
@@ -51,7 +51,7 @@ def plan_to_megatron(model: Path, tp: int, pp: int, divisible_by: int = 128) -> 
     Raises:
         ConversionError: for a family, size or tensor that does not fit.
     """
-    config = files.read_json(model / "config.json")
+    config = read_json(model / "config.json")
     shape = megatron.geometry(config, str(model))
     megatron.check_parallel(shape, tp, pp)
     shards = files.model_shards(model)
@@ -98,7 +98,7 @@ def plan_to_hf(checkpoint: Path, hf: Path | None = None) -> Plan:
     """
     opened = megatron_files.open_checkpoint(checkpoint)
     found = hf_folder(checkpoint, opened, hf)
-    config = files.read_json(found / "config.json")
+    config = read_json(found / "config.json")
     shape = megatron.geometry(config, str(found))
     tensors = megatron.to_hf(opened.tensors, shape, str(opened.folder))
     _refuse_other_padding(opened, shape.vocabulary)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.convert import files, peft_format
-from lora_one_dist.convert.files import ConversionError, LazyTensor
-from lora_one_dist.convert.peft_format import Adapter, Layer
+from lora_one_dist.adapters import peft_format
+from lora_one_dist.adapters.peft_format import Adapter, Layer
+from lora_one_dist.convert import files
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json
 
 HEAD = "lm_head"
 EMBEDDINGS = tuple(name for name in peft_format.EMBEDDINGS if name != HEAD)
@@ -45,7 +46,7 @@ def plan(base: Path, adapter: Path, device: torch.device | str = "cpu") -> Plan:
     Raises:
         ConversionError: if the adapter is of another model, or incomplete; naming the layers.
     """
-    config = files.read_json(base / "config.json")
+    config = read_json(base / "config.json")
     if config.get("quantization_config"):
         raise ConversionError(f"{base}: is quantised. Merge into the unquantised model, and quantise what comes out.")
     shards = files.model_shards(base)
@@ -190,7 +191,7 @@ def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:
         problems = [f"the adapter targets {name} and holds nothing for it" for name in _left_out(held, adapter)]
     if problems:
         raise ConversionError(
-            f"{base}: is not the base of {adapter.where}: {files.listed(problems)}. Give the base it was trained on "
+            f"{base}: is not the base of {adapter.where}: {listed(problems)}. Give the base it was trained on "
             f"({adapter.config.get('base_model_name_or_path')})."
         )
 

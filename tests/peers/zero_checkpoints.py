@@ -15,7 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in lora_one_dist/sharding.py: no C++ build on a CPU
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in base/sharding.py: no C++ build on a CPU
 
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict

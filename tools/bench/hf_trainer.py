@@ -20,14 +20,14 @@ from typing import Any
 import deepspeed
 import torch
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in lora_one_dist/sharding.py: no C++ build on a CPU
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in base/sharding.py: no C++ build on a CPU
 
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_one_dist import metrics
+from lora_one_dist.run import metrics
 
 
 class Lines(TrainerCallback):

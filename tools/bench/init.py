@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools import markdown
+from lora_one_dist.commands import markdown
 from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
@@ -54,7 +54,9 @@ class Ours:
     """Our road on this rank: load, then initialise."""
 
     def __init__(self, folder: Path, length: int, overrides: dict[str, Any], zero: str):
-        from lora_one_dist import config, gradient, model
+        from lora_one_dist.base import loading
+        from lora_one_dist.config.settings import Config
+        from lora_one_dist.initialise import gradient
 
         raw: dict[str, Any] = {
             "model": {"path": str(folder), "dtype": "fp32"},
@@ -68,9 +70,9 @@ class Ours:
         for key, value in overrides.items():
             group, _, name = key.partition(".")
             raw[group][name] = value
-        self.config = config.Config.model_validate(raw)
-        plan = model.plan(folder, self.config.model, self.config.lora, R)
-        self.base = model.load(self.config.model, self.config.deepspeed, plan, 1)
+        self.config = Config.model_validate(raw)
+        plan = loading.plan(folder, self.config.model, self.config.lora, R)
+        self.base = loading.load(self.config.model, self.config.deepspeed, plan, 1)
         self.targets = plan.targets
         samples = [{"input_ids": row, "labels": row} for row in batch_ids(length).tolist()]
         parts = 2 if self.config.init.halves else 1
@@ -85,13 +87,14 @@ class Ours:
         return [*shards, *[p.data for p in parameters], *self.base.module.buffers()]
 
     def initialise(self) -> None:
-        from lora_one_dist import initialize, model
+        from lora_one_dist.adapters.lora import inject_adapters, peft_config, set_adapters
+        from lora_one_dist.initialise import pairs
 
-        result = initialize.initial_pairs(self.base, self.targets, self.config, self.batch, phase=self._phase)
+        result = pairs.initial_pairs(self.base, self.targets, self.config, self.batch, phase=self._phase)
         with self._phase("set adapters"):
-            description = model.peft_config(self.config.lora, self.targets, self.config.model.path)
-            adapters = model.inject_adapters(self.base, description, self.targets, self.config.model.dtype)
-            initialize.set_adapters(self.base, adapters, result.pairs, self.config.scaling, compensate=False)
+            description = peft_config(self.config.lora, self.targets, self.config.model.path)
+            adapters = inject_adapters(self.base, description, self.targets, self.config.model.dtype)
+            set_adapters(self.base, adapters, result.pairs, self.config.scaling, compensate=False)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -145,7 +148,7 @@ def touch_memory(folder: Path) -> None:
 
     Without it, of two equal roads that comes out ahead which an earlier process has left more pages.
     """
-    from lora_one_dist import comm
+    from lora_one_dist.cluster import comm
 
     if harness.device().type == "cpu":
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -154,7 +157,7 @@ def touch_memory(folder: Path) -> None:
 
 def child(folder: Path, length: int, road: str, zero: str, count: bool, out: Path) -> None:
     """One rank of one road: its seconds, busy and by the clock, or (``count``) its peak of tensor bytes."""
-    from lora_one_dist import comm
+    from lora_one_dist.cluster import comm
 
     comm.init()
     if not count:

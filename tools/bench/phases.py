@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lora_one_dist.commands import markdown
 from tests import hosts as virtual
 from tests import jobs, ranks
-from tools import markdown
 from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
@@ -88,7 +88,11 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
     Args:
         separate: have the hosts interfaces of their own?
     """
-    from lora_one_dist import comm, config, metrics, optim, train
+    from lora_one_dist.cluster import comm
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.run import metrics
+    from lora_one_dist.run.story import run
+    from lora_one_dist.train import optim
 
     counted = TensorBytes()
     counts_here = comm.is_local_first() if separate else comm.rank() == 0
@@ -124,7 +128,7 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
     metrics.Phases, optim.LayerShardedOptimizer.step = Metered, step  # type: ignore[misc, method-assign]
     try:
         with counted:
-            train.run(config.parse_config(raw))
+            run(parse_config(raw))
     finally:
         metrics.Phases, optim.LayerShardedOptimizer.step = stock_phases, stock_step  # type: ignore[misc, method-assign]
     last = STEPS - 3  # steps that count: the first ones also record what DeepSpeed fetches
@@ -144,13 +148,17 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
 
 def predicted(raw: dict[str, Any], hosts: int, ranks_per_host: int) -> Any:
     """What the planner says of the same run."""
-    from lora_one_dist import config, model, planner
+    from lora_one_dist.base.skeleton import build_skeleton
+    from lora_one_dist.base.targets import find_targets
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.plan.prediction import predict
+    from lora_one_dist.plan.shape import Cluster, shape_of
 
-    settings = config.parse_config(raw)
-    skeleton = model.build_skeleton(settings.model, Path(settings.model.path))
+    settings = parse_config(raw)
+    skeleton = build_skeleton(settings.model, Path(settings.model.path))
     threshold = settings.deepspeed.zero["stage3_param_persistence_threshold"]
-    shape = planner.shape_of(skeleton, model.find_targets(skeleton, settings.lora), threshold)
-    return planner.predict(shape, settings, planner.Cluster(hosts, ranks_per_host, backend="gloo"))
+    shape = shape_of(skeleton, find_targets(skeleton, settings.lora), threshold)
+    return predict(shape, settings, Cluster(hosts, ranks_per_host, backend="gloo"))
 
 
 def compare(measured: dict[str, dict[str, Any]], prediction: Any, separate: bool) -> list[dict[str, Any]]:
@@ -194,7 +202,7 @@ def on_separate_hosts(raw: dict[str, Any], folder: Path, hosts: int, ranks_per_h
 
 def child(config: Path, out: Path) -> None:
     """One rank on a separate host."""
-    from lora_one_dist import comm
+    from lora_one_dist.cluster import comm
 
     comm.init()
     found = measure(json.loads(config.read_text(encoding="utf-8")), separate=True)

@@ -28,7 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools import markdown
+from lora_one_dist.commands import markdown
 from tools.bench import harness
 
 MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
@@ -102,10 +102,12 @@ def hf_trainer(
 
 def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of an optimizer step of one rank's share, with and without the preconditioner, alternately."""
-    from lora_one_dist import config, model, optim
+    from lora_one_dist.base import loading
+    from lora_one_dist.config.settings import LoraConfig, ModelConfig
+    from lora_one_dist.train import optim
 
-    settings = config.ModelConfig(path=str(folder / "model"), dtype="fp32")
-    targets = model.plan(folder / "model", settings, config.LoraConfig(r=r), 0).targets
+    settings = ModelConfig(path=str(folder / "model"), dtype="fp32")
+    targets = loading.plan(folder / "model", settings, LoraConfig(r=r), 0).targets
     owned = [block for block in optim.make_layout(targets, r, ranks).blocks if block.owner == 0]
     generator = torch.Generator(harness.device()).manual_seed(0)
 

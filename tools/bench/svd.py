@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_one_dist import spectral
-from tools import markdown
+from lora_one_dist.commands import markdown
+from lora_one_dist.initialise import spectral
 from tools.bench import harness
 
 SHAPES_7B = "4096x4096,11008x4096,4096x11008"

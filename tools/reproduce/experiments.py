@@ -20,7 +20,9 @@ from functools import cached_property, partial
 
 import torch
 
-from lora_one_dist import optim, spectral
+from lora_one_dist.config.seeds import seed_of
+from lora_one_dist.initialise import spectral
+from lora_one_dist.train import optim
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 SVD_TOLERANCE = 1e-3  # init.svd_tolerance's default; matrices of this size get a full SVD
@@ -135,7 +137,7 @@ def linear(settings: Settings, values: Sequence[float]) -> Linear:
     """A linear problem for each seed, D with these singular values."""
     shifts, moments = [], []
     for seed in settings.seeds:
-        generator = torch.Generator().manual_seed(spectral.seed_of(seed, "linear"))
+        generator = torch.Generator().manual_seed(seed_of(seed, "linear"))
         shifts.append(shift(settings.size, values, generator))
         X = torch.randn(settings.samples, settings.size, generator=generator, dtype=torch.float64)
         moments.append(X.T @ X / settings.samples)
@@ -144,7 +146,7 @@ def linear(settings: Settings, values: Sequence[float]) -> Linear:
 
 def relu_problem(settings: Settings, seed: int) -> Relu:
     """A ReLU layer W ~ N(0, 1) and a shift of each condition number, ``||D||_2 = 0.1 ||W||_2``."""
-    generator = torch.Generator().manual_seed(spectral.seed_of(seed, "relu"))
+    generator = torch.Generator().manual_seed(seed_of(seed, "relu"))
     X = torch.randn(settings.relu_samples, settings.relu_size, generator=generator, dtype=torch.float64)
     W = torch.randn(settings.relu_size, settings.relu_size, generator=generator, dtype=torch.float64)
     norm = RELU_SHIFT * float(torch.linalg.matrix_norm(W, 2))
@@ -189,7 +191,7 @@ def gaussian(seeds: Sequence[int], size: int, r: int, variance: float) -> Pair:
     """The paper's LoRA: A0 ~ N(0, variance), B0 = 0, for each seed."""
     drawn = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(spectral.seed_of(seed, "lora"))
+        generator = torch.Generator().manual_seed(seed_of(seed, "lora"))
         drawn.append(torch.randn(r, size, generator=generator, dtype=torch.float64) * math.sqrt(variance))
     return torch.stack(drawn), torch.zeros(len(drawn), size, r, dtype=torch.float64)
 

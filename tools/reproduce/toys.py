@@ -30,9 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_one_dist import metrics
-from lora_one_dist.convert import command
-from tools import markdown
+from lora_one_dist.commands import command_line, markdown
+from lora_one_dist.run import metrics
 from tools.bench import harness
 from tools.reproduce import figures
 from tools.reproduce.experiments import EXPERIMENTS, Result, Settings
@@ -86,10 +85,12 @@ EXPECTED: dict[str, dict[str, str]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--short", action="store_true", help="smaller sizes, seconds; nothing is expected of them")
     parser.add_argument("--only", type=names, default=list(EXPERIMENTS), help=", ".join(EXPERIMENTS))
-    parser.add_argument("--seeds", type=command.positive, help=f"how many draws ({SEEDS}; {SHORT_SEEDS} with --short)")
+    parser.add_argument(
+        "--seeds", type=command_line.positive, help=f"how many draws ({SEEDS}; {SHORT_SEEDS} with --short)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/toys"), help="folder (runs/toys)")
     return parser.parse_args(argv)
 

@@ -21,8 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a pla
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_one_dist import comm, data, evaluate, inputs, metrics, model
-from lora_one_dist.config import Config, load_config
+from lora_one_dist.base import loading
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.reading import load_config
+from lora_one_dist.config.settings import Config
+from lora_one_dist.data import batches
+from lora_one_dist.run import inputs, metrics
+from lora_one_dist.train import evaluate
 
 
 class Lines(TrainerCallback):
@@ -74,11 +79,11 @@ def run(config: Config) -> dict[str, Any]:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     read = inputs.read(config)
-    steps = inputs.total_steps(config, len(read.train))
+    steps = inputs.total_steps(config.train, len(read.train))
     phases, lines = metrics.Phases(), Lines(root / "metrics.jsonl")
     (root / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with phases("load"):
-        base = model.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size)
+        base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size)
         for parameter in base.module.parameters():
             parameter.requires_grad_(True)
 
@@ -91,14 +96,14 @@ def run(config: Config) -> dict[str, Any]:
     with phases("evaluate before"):
         before = evaluated(0)
     size, pad = config.train.global_batch_size, read.tokenizer.pad_token_id
-    order = [i for step in range(steps) for i in data.global_batch(len(read.train), size, step, config.train.seed)]
+    order = [i for step in range(steps) for i in batches.global_batch(len(read.train), size, step, config.train.seed)]
     rows = [read.train.dataset[i] for i in order]
     with phases("train"):
         Trainer(
             model=base.module,
             args=arguments(config, steps),
             train_dataset=rows,
-            data_collator=lambda samples: data.collate(samples, pad),
+            data_collator=lambda samples: batches.collate(samples, pad),
             callbacks=[lines],
         ).train()
     with phases("evaluate after"):

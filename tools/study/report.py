@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from tools import markdown, sweep, sweep_report
+from lora_one_dist.commands import markdown, sweep, sweep_report
 from tools.study import tasks
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a plain checkout too
 
-from tools import sweep, sweep_report
+from lora_one_dist.commands import sweep, sweep_report
 from tools.study import base, corpus, report, tasks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""LoRA pairs in the model and on disk.  Uses config to initialise."""

@@ -1,0 +1,126 @@
+"""LoRA pairs inside the model: PEFT's modules, as plain tensors outside ZeRO, and what they start from.
+
+In: a loaded base, its targets, initial pairs.  Out: a list of :class:`Adapter`, the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_one_dist.base.recompute import FrozenLinear
+from lora_one_dist.base.sharding import Base, add_low_rank
+from lora_one_dist.base.skeleton import DTYPES, ModelError
+from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.settings import LoraConfig
+from lora_one_dist.initialise.pairs import Pairs
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class _AdapterFirst(lora.Linear):
+    """PEFT's LoRA layer with one plain adapter, whose branch comes before the frozen layer's product."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        A: Any
+        A, B = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        change = B(A(self.lora_dropout[ADAPTER](x.to(A.weight.dtype)))) * self.scaling[ADAPTER]
+        output = self.base_layer(x)
+        return (output + change).to(output.dtype)
+
+
+def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **changes: Any) -> PeftLoraConfig:
+    """PEFT's description of the adapters; all-linear becomes the list of module endings, as PEFT itself writes it."""
+    endings = lora.target_modules
+    if endings == "all-linear":
+        endings = sorted({target.name.rpartition(".")[2] for target in targets})
+    fields: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": endings,
+        "bias": "none",
+    }
+    return PeftLoraConfig(**{**fields, **changes})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight`` (m, n)."""
+
+    target: Target
+    A: nn.Parameter
+    B: nn.Parameter
+    weight: nn.Parameter
+
+
+def inject_adapters(base: Base, config: PeftLoraConfig, targets: Sequence[Target], dtype: str) -> list[Adapter]:
+    """Put PEFT LoRA layers around the targets, outside ZeRO.  Not collective.  Returns them in target order."""
+    inject_adapter_in_model(config, base.module)
+    layers: dict[str, Any] = {n: module for n, module in base.module.named_modules() if isinstance(module, LoraLayer)}
+    expected = {target.name for target in targets}
+    if set(layers) != expected:
+        raise ModelError(
+            f"lora.target_modules: PEFT and the plan differ in {sorted(set(layers) ^ expected)[:3]}. Name the layers "
+            "by longer endings."
+        )
+    adapters = []
+    for target in targets:
+        layer = layers[target.name]
+        if isinstance(layer.base_layer, FrozenLinear):
+            layer.__class__ = _AdapterFirst
+        A: Any = layer.lora_A[ADAPTER]
+        B: Any = layer.lora_B[ADAPTER]
+        for module in (A, B):
+            module.to(device=comm.device(), dtype=DTYPES[dtype])
+        adapters.append(Adapter(target, A.weight, B.weight, layer.base_layer.weight))
+    return adapters
+
+
+def set_adapters(
+    base: Base, adapters: Sequence[Adapter], pairs: Pairs, scaling: float, compensate: bool
+) -> dict[str, float]:
+    """Write the pairs into the adapters and, to ``compensate``, ``W <- W - s B0 A0``.  Collective.
+
+    The base is compensated with A0 and B0 as rounded to the working dtype, so that the start is exact up to the
+    rounding of W itself.
+
+    Returns:
+        Per compensated layer ``||W' - (W - s B0 A0)||_F / ||s B0 A0||_F``: what that rounding lost.
+    """
+    squared_errors = torch.zeros(len(adapters), dtype=torch.float64)
+    norms = []
+    for i, adapter in enumerate(adapters):
+        with torch.no_grad():
+            for parameter, value in zip((adapter.A, adapter.B), pairs[adapter.target.name], strict=True):
+                parameter.copy_(value)
+        if compensate:
+            squared_errors[i] = add_low_rank(adapter.weight, adapter.B.detach(), adapter.A.detach(), -scaling)
+            norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
+    if not compensate:
+        return {}
+    comm.all_sum(squared_errors)
+    squared_errors /= base.copies  # each rank rounded what it holds of one of them
+    return {
+        adapter.target.name: math.sqrt(squared_error) / norm
+        for adapter, squared_error, norm in zip(adapters, squared_errors.tolist(), norms, strict=True)
+    }
+
+
+def _product_norm(B: torch.Tensor, A: torch.Tensor) -> float:
+    """``||B A||_F`` from the r x r Grams."""
+    B, A = B.double(), A.double()
+    return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))

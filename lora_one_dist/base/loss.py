@@ -1,0 +1,114 @@
+"""The loss of a batch, as a sum over its target tokens, and what stands around a forward pass that takes it.
+
+In: a model and a collated batch.  Out: a scalar.  The logits of some rows at a time are in fp32 (LOSS_BYTES).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_one_dist.cluster import comm
+
+LOSS_BYTES = 64 * 2**20  # of logits in fp32 at one time
+
+
+def loss_sum(model: Any, batch: Mapping[str, torch.Tensor], weight: float = 1.0) -> torch.Tensor:
+    """``weight`` times the summed cross-entropy of a batch's target tokens, fp32 scalar (0 if it has none).
+
+    Collective under stage 3.
+
+    A sum, not transformers' mean: the caller divides by the targets of the whole global batch, so that the loss is
+    the same however the batch is split into micro-batches and ranks.
+
+    A batch with position_ids holds packed rows.  transformers keeps their documents apart if it is given no mask of
+    the padding (which is a document of its own), and its flash attention only within a batch of one row.
+    """
+    device = comm.device()
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    if "position_ids" in batch:
+        del inputs["attention_mask"]
+        if str(model.config._attn_implementation).startswith("flash"):
+            inputs = {name: values.view(1, -1) for name, values in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits
+    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten().to(device)
+    return _CrossEntropySum.apply(logits.flatten(0, 1), labels, weight)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Cross-entropy of logits (T, V) at labels (T,), -100 for none, summed in fp32 and times a weight.
+
+    The logits become their gradient, rounded once to their type.
+
+    At a vocabulary of 128k the logits of 4096 tokens are 1 GB in bf16, and softmax with its gradient by autograd five
+    times that.  Here a few rows at a time are in fp32, and each row gives way to its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        rows_at_once = max(1, LOSS_BYTES // (4 * logits.shape[1]))
+        for rows, wanted in zip(logits.split(rows_at_once), labels.split(rows_at_once), strict=True):
+            is_target = wanted != -100
+            index = wanted.clamp_min(0)[:, None]
+            scores = rows.float()
+            normalizer = scores.logsumexp(1, keepdim=True)
+            losses = (normalizer - scores.gather(1, index)).squeeze(1)
+            total += losses.masked_fill(~is_target, 0.0).sum()
+            if ctx.needs_input_grad[0]:
+                gradient = scores.sub_(normalizer).exp_()
+                gradient.scatter_add_(1, index, torch.full_like(normalizer, -1.0))
+                rows.copy_(gradient.mul_(weight).masked_fill_(~is_target[:, None], 0.0))
+        ctx.save_for_backward(logits)
+        return total * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_output[0]), None, None  # by 1, where the loss itself is differentiated
+
+
+@contextlib.contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Collects, while the block runs, the name of the first layer whose output is not finite: none or one."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, layer) for name, layer in model.named_modules() if not any(True for _ in layer.children())]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in leaves]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Train mode (gradient checkpointing needs it) with every dropout probability of the base at 0."""
+    saved: list[tuple[Any, str, float]] = []
+    for holder in (*model.modules(), getattr(model, "config", None)):  # some forwards read it from the config
+        for key, value in vars(holder).items() if holder is not None else ():
+            is_probability = "dropout" in key or (key == "p" and isinstance(holder, nn.Dropout))
+            if is_probability and isinstance(value, float) and value > 0:
+                saved.append((holder, key, value))
+    was_training = model.training
+    model.train()
+    for holder, key, _ in saved:
+        setattr(holder, key, 0.0)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for holder, key, value in saved:
+            setattr(holder, key, value)

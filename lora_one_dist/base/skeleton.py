@@ -1,0 +1,137 @@
+"""A model without values: built from its config.json, or refused.
+
+In: the ``model`` group of a config.  Out: a transformers model on the meta device, from which everything that can be
+refused is refused before a weight is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.settings import ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CAUSE_CHARACTERS = 300  # of others' errors that ours repeat
+
+
+class ModelError(ValueError):
+    """A model or a target list that cannot be trained: value, rule, remedy."""
+
+
+def build_skeleton(config: ModelConfig, folder: Path) -> Any:
+    """The model with parameters on the meta device.  Raises ModelError if config.json describes none to train."""
+    _refuse_kind(config, folder)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # each model checks its settings in its own way
+        raise ModelError(
+            f"model.path = {config.path}: its config.json is refused: {cause_of(error)}. Fetch it again, or correct it."
+        ) from error
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path = {config.path}: is quantised; its weights have no exact gradient here and 8-bit ZeRO-3 is "
+            "unproved. Give the unquantised model."
+        )
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
+            skeleton = AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"model.path = {config.path}: no model can be built from its config.json with attn_implementation "
+            f"{config.attn_implementation}: {cause_of(error)}. Correct the file, or take another attn_implementation."
+        ) from error
+    skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
+    return skeleton
+
+
+def _refuse_kind(config: ModelConfig, folder: Path) -> None:
+    """Raise ModelError if config.json is damaged, or names no causal language model that may be run here."""
+    try:
+        described = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"model.path = {config.path}: its config.json cannot be read: {error}. Fetch it again."
+        ) from error
+    kind, code = str(described.get("model_type")), described.get("auto_map")
+    known = kind in CONFIG_MAPPING
+    value = f"model.path = {config.path}: its model_type = {described.get('model_type')!r}"
+    causal = known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if isinstance(code, dict) and "AutoModelForCausalLM" in code and not causal:
+        if not config.trust_remote_code:
+            raise ModelError(
+                f"{value} needs Python code that comes with it, which model.trust_remote_code = false does not run. "
+                "Read the code, then set it to true; or take a model that transformers knows."
+            )
+        return
+    if not known:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
+        hint = f"Did the file say {near[0]}? " if near else ""
+        raise ModelError(f"{value} is none that transformers knows. {hint}Correct it, or update transformers.")
+    rule = ""
+    if not causal:
+        rule = "has no causal language model in transformers"
+    elif described.get("is_encoder_decoder", CONFIG_MAPPING[kind]().is_encoder_decoder):
+        rule = "has an encoder and a decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not described.get("is_decoder"):
+        rule = "sees the tokens that it is to predict (its is_decoder is not set)"
+    if rule:
+        raise ModelError(f"{value} {rule}; what is trained here predicts the next token. Give a causal language model.")
+
+
+def cause_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:CAUSE_CHARACTERS].rstrip(".: ") or type(error).__name__
+
+
+def local_folder(path: str, trust_remote_code: bool, allow_pickle: bool = False) -> Path:
+    """The folder itself, or a hub name's snapshot, downloaded by the first rank of each host.  Collective."""
+    if Path(path).is_dir():
+        return Path(path)
+    with comm.all_or_none("fetching the model"), comm.local_first():
+        return _snapshot(path, trust_remote_code, allow_pickle)
+
+
+def _snapshot(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except (OSError, ValueError) as error:  # all of the hub's are one or the other
+        raise ModelError(
+            f"model.path = {name}: is no folder here, and cannot be fetched from the hub: {cause_of(error)}. Check the "
+            "name, the network and your login, or give a folder."
+        ) from error
+    return folder
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Raise ModelError if the tokenizer can produce an id that the model has no embedding for.  Pure."""
+    largest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ModelError(
+            f"model.path: the tokenizer's largest id is {largest}, the model has {rows} embeddings. Use the tokenizer "
+            "that the model was trained with."
+        )

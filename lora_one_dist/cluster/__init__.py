@@ -1,0 +1,1 @@
+"""Ranks: how they start, meet, talk, share out work and fail.  Uses config."""

@@ -1,0 +1,1 @@
+"""What a user runs beside training: plan, doctor, report, sweep, export, merge, ...  Uses every room."""

@@ -1,0 +1,322 @@
+"""Every setting of a run: what it means, what it may be, and where it has an effect.
+
+A :class:`Config` is frozen: what is checked once (:mod:`reading`, :mod:`checks`) stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
+GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
+COMPENSATED_METHODS = ("lora_one_v1", "lora_ga", "pissa")
+
+
+def names_files(source: str | list[str] | None) -> bool:
+    """Does ``data.train`` or ``data.eval`` name files?  The other names are those of data sets."""
+    return isinstance(source, list) or (source is not None and Path(source).suffix in DATA_SUFFIXES)
+
+
+def _stage_of(path: str) -> int | None:
+    """Of the ZeRO JSON; None where it cannot be read, which is another problem."""
+    try:
+        return DeepSpeedConfig(config=path).stage
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+_NO_DATA_SET = "has no data set to apply to. Leave it out."
+_EVALUATES = ("data.eval", "data.eval_fraction")
+_FROM_A_METHOD = only_with("init.adapter", None, otherwise="has no effect with init.adapter. Leave one of them out.")
+_BY_GRADIENT = only_with("init.method", *GRADIENT_METHODS)
+_BY_SVD = not_with("init.method", "lora")
+_GENERATES = not_with("train.exact_match_samples", 0)
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class ModelConfig(_Group):
+    """The pre-trained causal language model; its weights stay frozen."""
+
+    path: str
+    """Folder of an `AutoModelForCausalLM` (config.json, *.safetensors, tokenizer), or a hub name such as org/model."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of the base weights and of the adapters' working copies; masters and moments are always fp32."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel, as transformers names it."""
+    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "non_reentrant"
+    """Recompute each block but the last in backward: activation memory of one block instead of all. non_reentrant stops
+    before a block's last linear layer, whose product nothing needs: the faster of the two."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+    allow_pickle: bool = False
+    """Read pytorch_model*.bin where there are no safetensors; tensors only, torch refuses what else a pickle holds."""
+
+
+class DataConfig(_Group):
+    """What the model sees. Files (JSONL, Parquet, CSV) or the name of a `datasets` data set."""
+
+    train: str | list[str]
+    """File, list of files, or data set name for training."""
+    eval: str | list[str] | None = None
+    """File, list of files, or data set name for evaluation; none: no evaluation, or eval_fraction."""
+    eval_fraction: Annotated[float | None, InsteadOf("data.eval")] = Field(None, gt=0, lt=1)
+    """Hold out this share of the training rows for evaluation instead, in (0, 1); at least one row on each side. The
+    same rows at any train.seed and number of ranks, so that runs compare."""
+    train_split: Annotated[str, Effect(("data.train",), lambda train: not names_files(train), _NO_DATA_SET)] = "train"
+    """Split of a named data set to train on; slices such as train[:100000] work. Files have none."""
+    eval_split: Annotated[
+        str, Effect(("data.eval",), lambda eval: eval is not None and not names_files(eval), _NO_DATA_SET)
+    ] = "test"
+    """Split of a named data set to evaluate on. Files have none."""
+    format: Literal["completion", "chat", "text"] = "completion"
+    """completion: prompt and completion columns; chat: a list of {role, content} messages; text: one plain column."""
+    prompt: Annotated[str, only_with("data.format", "completion")] = "{prompt}"
+    """Template of the prompt over the row's columns (format completion), e.g. 'Q: {query}\\nA: '."""
+    completion: Annotated[str, only_with("data.format", "completion")] = "{completion}"
+    """Template of the completion over the row's columns (format completion)."""
+    messages: Annotated[str, only_with("data.format", "chat")] = "messages"
+    """Column with the messages (format chat)."""
+    text: Annotated[str, only_with("data.format", "text")] = "text"
+    """Column with the text (format text)."""
+    loss_on: Annotated[
+        Literal["completion", "all"],
+        not_with("data.format", "text", otherwise="has no effect with data.format text, always all. Leave it out."),
+    ] = "completion"
+    """completion: loss on completions and assistant turns only; all: on every token. Format text is always all."""
+    max_length: int = Field(1024, ge=2)
+    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported."""
+    packing: bool = False
+    """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
+    sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.
+    Evaluation data stay as they are. For models whose attention masks follow position_ids, which is checked."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Use only the first rows of the training data."""
+    max_eval_samples: Annotated[int | None, not_with("data.eval", None, otherwise=_NO_DATA_SET)] = Field(None, ge=1)
+    """Use only the first rows of the evaluation data."""
+
+
+class LoraConfig(_Group):
+    """Shape of the adapters, in PEFT's terms."""
+
+    r: int = Field(8, ge=1)
+    """The LoRA rank, at least 1 and at most min(out_features, in_features) of every target; typical 8 to 64."""
+    alpha: float = Field(16.0, gt=0)
+    """Scale: s = alpha / r, or alpha / sqrt(r) with use_rslora. Above 0."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input while training, in [0, 1); always off in the gradient phase."""
+    use_rslora: bool = True
+    """s = alpha / sqrt(r) (arXiv 2312.03732), as in the LoRA-One recipes."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """all-linear (every linear layer but the output head), or a list of module name endings, e.g. [q_proj, v_proj]."""
+
+
+class InitConfig(_Group):
+    """How the adapters start."""
+
+    method: Annotated[Literal["lora_one", "lora_one_v1", "lora_ga", "pissa", "lora"], _FROM_A_METHOD] = "lora_one"
+    """lora_one: arXiv 2502.01235v3; lora_one_v1: its first form; lora_ga: arXiv 2407.05000; pissa: arXiv 2404.02948;
+    lora: Kaiming A, zero B."""
+    adapter: str | None = None
+    """PEFT folder to start from instead of a method."""
+    num_samples: Annotated[int, _FROM_A_METHOD, _BY_GRADIENT] = Field(8, ge=1)
+    """Training samples in the one-step gradient, at least 1; the authors take 8."""
+    average: Annotated[Literal["token", "micro_batch"], _FROM_A_METHOD, _BY_GRADIENT] = "token"
+    """token: mean over all target tokens; micro_batch: mean of the micro-batches' means, as the authors do."""
+    gamma: Annotated[float | None, _FROM_A_METHOD, _BY_GRADIENT] = Field(None, gt=0)
+    """Scale of the initial adapters (larger is smaller), above 0; default 128 lora_one, 64 lora_one_v1, 16 lora_ga."""
+    buffer: Annotated[Literal["device", "host"], _FROM_A_METHOD, _BY_SVD] = "device"
+    """Where an owner keeps the fp32 gradients of its layers between the backward passes and the SVDs."""
+    layer_groups: Annotated[int, _FROM_A_METHOD, _BY_SVD] = Field(1, ge=1)
+    """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, for K forward passes and
+    (K + 1) / 2 backward."""
+    halves: Annotated[bool, _FROM_A_METHOD, _BY_GRADIENT] = False
+    """Report the overlap of the top-r spaces of the batch's two halves: do the samples suffice? Costs twice the owner's
+    gradient memory, three SVDs a layer instead of one, and a second pass where one micro-batch a rank would do."""
+    svd_tolerance: Annotated[float, _FROM_A_METHOD, _BY_SVD] = Field(1e-3, gt=0, le=0.1)
+    """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
+
+
+class OptimConfig(_Group):
+    """The update of the adapters."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: decoupled weight decay and bias correction; sgd: plain, decoupled weight decay."""
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate, above 0."""
+    lr_ratio_b: float = Field(1.0, gt=0)
+    """LoRA+ (arXiv 2402.12354): learning rate of lora_B over that of lora_A; 1 is plain LoRA."""
+    betas: Annotated[tuple[Decay, Decay], only_with("optim.name", "adamw")] = (0.9, 0.999)
+    """AdamW's moment decays, each in [0, 1)."""
+    eps: Annotated[float, only_with("optim.name", "adamw")] = Field(1e-8, gt=0)
+    """AdamW's epsilon, above 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, at least 0."""
+    preconditioner: Literal["riemannian", "none"] = "riemannian"
+    """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347)."""
+    damping: Annotated[float, only_with("optim.preconditioner", "riemannian")] = Field(1e-6, gt=0)
+    """The preconditioner's damping, above 0. Sweep it with the rate: tuned values in papers span 1e-6 to 100."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up: linear or cosine to 0 at the last step, or constant."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0, at least 0."""
+
+
+class TrainConfig(_Group):
+    """The loop."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, above 0; give this or max_steps."""
+    max_steps: Annotated[int | None, InsteadOf("train.epochs")] = Field(None, ge=0)
+    """Optimizer steps; 0: initialise the adapters, write them and stop, whatever epochs says. Give this or epochs."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Samples per forward pass and rank, at least 1."""
+    global_batch_size: int = Field(32, ge=1)
+    """Samples per optimizer step over all ranks, at least micro_batch_size; the accumulation steps follow."""
+    log_steps: int = Field(1, ge=1)
+    """Optimizer steps between two lines of metrics.jsonl and of progress."""
+    eval_steps: Annotated[
+        int,
+        Effect(
+            _EVALUATES,
+            lambda *held: any(source is not None for source in held),
+            "needs data.eval or data.eval_fraction. Give one, or set eval_steps to 0.",
+        ),
+    ] = Field(0, ge=0)
+    """Optimizer steps between evaluations; 0: only before the first and after the last step."""
+    exact_match_samples: Annotated[
+        int,
+        Effect(
+            (*_EVALUATES, "data.format"),
+            lambda eval, fraction, form: (eval, fraction) != (None, None) and form == "completion",
+            "needs data.eval or data.eval_fraction, and data.format completion. Give both, or set it to 0.",
+        ),
+    ] = Field(0, ge=0)
+    """Evaluation samples to answer by greedy generation before and after training; 0: none. Under ZeRO-3 each
+    generated token gathers the whole base: keep it small."""
+    exact_match_pattern: Annotated[str | None, _GENERATES] = None
+    """Regular expression whose last match (first group, if any) is the answer; none: the whole completion."""
+    exact_match_max_new_tokens: Annotated[int, _GENERATES] = Field(64, ge=1)
+    """Tokens to generate for an exact match, at least 1."""
+    seed: int = Field(0, ge=0)
+    """Seed of the data order, the SVDs, the Kaiming initialisation and dropout."""
+
+
+class DeepSpeedConfig(_Group):
+    """Where the base weights live."""
+
+    config: str = "ds_configs/zero3.json"
+    """DeepSpeed JSON with the memory policy only: ZeRO stage 0 (replicated) or 3 (partitioned), offload, buckets."""
+    shard_group: Annotated[
+        Literal["world", "node"],
+        Effect(
+            ("deepspeed.config",),
+            lambda path: _stage_of(path) != 0,
+            "has no effect at stage 0, where every rank holds the base. Leave it out, or give a stage 3 JSON.",
+        ),
+    ] = "world"
+    """Ranks that share one copy of the base (stage 3). world: all, least memory. node: those of a host, so that only
+    adapters cross the network in training; take it wherever one node can hold the base."""
+
+    def policy(self) -> dict[str, Any]:
+        """The content of the JSON (memory policy only)."""
+        return json.loads(Path(self.config).read_text(encoding="utf-8"))
+
+    @property
+    def stage(self) -> int:
+        """0: every rank holds the base; 3: the base is partitioned."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The JSON's ``zero_optimization``."""
+        return self.policy().get("zero_optimization", {})
+
+    @property
+    def offloads(self) -> bool:
+        """Is the base kept in host memory?"""
+        return (self.zero.get("offload_param") or {}).get("device", "none") != "none"
+
+
+class CheckpointConfig(_Group):
+    """What a run keeps of itself, to go on after a failure."""
+
+    steps: int = Field(100, ge=0)
+    """Optimizer steps between two checkpoints; 0: only the initialisation, the best, when asked to stop, the end."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep, at least 1; the best one is kept besides."""
+    keep_best: bool = True
+    """Save and keep the checkpoint with the lowest evaluation loss (needs train.eval_steps)."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When the disk is full, read-only or gone: continue warns and tries again at the next checkpoint; stop ends the
+    run. The checkpoints before are whole either way."""
+    timeout_seconds: float = Field(600.0, ge=1)
+    """Seconds after which a disk that has not taken a rank's files counts as failed, at least 1; at the end of the run
+    also how long the adapter is tried to be written."""
+
+
+class CommConfig(_Group):
+    """How long ranks wait for each other."""
+
+    rendezvous_seconds: float = Field(300.0, ge=5)
+    """Seconds for all ranks to arrive at the start, at least 5; slow file systems make late ranks."""
+    init_timeout_seconds: float = Field(7200.0, ge=30)
+    """Time-out of a collective while loading and initialising, at least 30."""
+    timeout_seconds: float = Field(1800.0, ge=30)
+    """Time-out of a collective while training, at least 30."""
+    lost_after_seconds: float = Field(20.0, ge=4, le=50)
+    """Seconds without an answer of a host's network after which it counts as lost and the job ends, 4 to 50."""
+
+
+class Config(_Group):
+    """One run."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    init: InitConfig = InitConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    comm: CommConfig = CommConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse a folder that holds a
+    run; or a checkpoint's folder (.../checkpoints/step-N) to start from while output_dir has none of its own."""
+    output_dir: str
+    """Folder of the run, on a file system that all hosts share: created, gone on with, or refused if it holds anything
+    else."""
+
+    @property
+    def gamma(self) -> float:
+        """The scale in force: ``init.gamma``, or the method's own default."""
+        return self.init.gamma if self.init.gamma is not None else DEFAULT_GAMMA.get(self.init.method, 1.0)
+
+    @property
+    def scaling(self) -> float:
+        """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        return self.lora.alpha / (self.lora.r**0.5 if self.lora.use_rslora else self.lora.r)
+
+    @property
+    def changes_base(self) -> bool:
+        """Does the run's initialisation change the base, so that ``W + s B0 A0`` is what it was?"""
+        return self.init.adapter is None and self.init.method in COMPENSATED_METHODS
+
+    def to_yaml(self) -> str:
+        """The resolved config, defaults included, as YAML that :func:`load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

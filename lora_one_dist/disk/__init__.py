@@ -1,0 +1,1 @@
+"""Files: tensors by byte range, folders that are whole or not there.  Uses cluster."""

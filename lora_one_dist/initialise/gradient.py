@@ -1,0 +1,278 @@
+"""The one-step full gradient G = dL/dW of every target, each on its owner rank, with no weight gradient anywhere.
+
+In: the frozen base, a few weighted micro-batches, an owner map.  Out: on each owner, ``{name: G (m, n) fp32}``.
+All weights stay frozen.  On each target one hook passes the input through an autograd function that saves it (so both
+kinds of gradient checkpointing recompute it instead of holding it), another the output through one that in backward
+forms ``G = dY^T X``, which leaves for the owner at once while backward goes on.  Blocks below the first target take
+part in the forward pass alone: of K layer groups the passes back are (K + 1) / 2 whole ones, not K.
+
+Runs on every rank, every rank the same number of micro-batches.  Peak bytes per rank: :mod:`lora_one_dist.plan.memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.loss import dropout_off, loss_sum
+from lora_one_dist.base.sharding import Base
+from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster import comm
+from lora_one_dist.data import batches as batches_module
+
+IN_FLIGHT = 2  # reductions that may be under way at once: hides the wire behind the next layer's backward
+
+
+class GradientError(RuntimeError):
+    """The gradient of a layer did not come exactly once per micro-batch, or is zero or not finite."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of this rank: collated tensors, and the weight of its summed token losses (0 for padding)."""
+
+    tensors: dict[str, torch.Tensor]
+    weight: float
+
+
+def deal_micro_batches(
+    samples: Sequence[dict[str, Any]], micro_batch_size: int, average: str, parts: int, pad_token_id: int
+) -> list[list[MicroBatch]]:
+    """This rank's micro-batches of the init batch, in at most ``parts`` consecutive parts.  Not collective.
+
+    With ``average`` micro_batch a part ends where a micro-batch does, so that the mean does not depend on the parts.
+    The weights are such that the sum over parts, ranks and micro-batches of ``weight * summed loss`` is the batch's
+    loss: the mean over its target tokens (``average`` token), or the mean of the micro-batches' means (micro_batch).
+    Where the samples do not divide, a rank runs a copy of the first sample with weight 0.
+    """
+    unit = micro_batch_size if average == "micro_batch" else 1
+    units = -(-len(samples) // unit)
+    cuts = sorted({min(len(samples), units * part // parts * unit) for part in range(parts + 1)})
+    starts = [range(low, high, micro_batch_size) for low, high in pairwise(cuts)]
+    num_micro_batches = sum(len(part) for part in starts)
+    num_targets = sum(_num_targets(sample) for sample in samples)
+    dealt = []
+    for low, high in pairwise(cuts):
+        part = samples[low:high]
+        batches = []
+        for positions in batches_module.deal(len(part), micro_batch_size, comm.world_size(), comm.rank()):
+            chosen = [part[i] for i in positions] or [samples[0]]
+            tensors = batches_module.collate(chosen, pad_token_id, weightless=not positions)
+            own_targets = sum(_num_targets(sample) for sample in chosen)
+            if not positions or own_targets == 0:
+                weight = 0.0
+            elif average == "token":
+                weight = 1.0 / num_targets
+            else:
+                weight = 1.0 / (num_micro_batches * own_targets)
+            batches.append(MicroBatch(tensors, weight))
+        dealt.append(batches)
+    return dealt
+
+
+def _num_targets(sample: dict[str, Any]) -> int:
+    return sum(label != -100 for label in sample["labels"][1:])
+
+
+class _SaveInput(torch.autograd.Function):
+    """Identity on a linear layer's input X that saves it.
+
+    Before the layer's product and not behind it: a recomputation ends with the last tensor that was saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer_input: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(layer_input)
+        return layer_input.view_as(layer_input)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_input: torch.Tensor) -> torch.Tensor:
+        return grad_input[0]
+
+
+class _CaptureGradient(torch.autograd.Function):
+    """Identity on a linear layer's output that sees dY in backward, and X where ``saved`` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, saved: Any, sink: Callable[..., None]) -> torch.Tensor:
+        ctx.saved, ctx.sink = saved, sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.sink(grad_output[0], *ctx.saved.saved_tensors)
+        return grad_output[0], None, None
+
+
+def weight_gradient(
+    grad_output: torch.Tensor, layer_input: torch.Tensor, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``dY^T X`` in fp32, added in place to ``add_to`` if given.  Pure.
+
+    grad_output (..., m), layer_input (..., n) -> (m, n) fp32.  Products of bf16 are exact in fp32, so a GPU takes them
+    as they are and accumulates in fp32; a CPU has no such product and goes through fp32 copies.
+    """
+    dY = grad_output.reshape(-1, grad_output.shape[-1]).T
+    X = layer_input.reshape(-1, layer_input.shape[-1])
+    if dY.is_cuda and dY.dtype != torch.float32:
+        G = torch.mm(dY, X, out_dtype=torch.float32)
+        return G if add_to is None else add_to.add_(G)
+    dY, X = dY.float(), X.float()
+    return dY @ X if add_to is None else add_to.addmm_(dY, X)
+
+
+class _OwnerSums:
+    """Reduces each gradient to its owner, at most IN_FLIGHT at a time, and sums there over micro-batches.
+
+    An owner adds its own gradient to its sum first and reduces into that, unless its sums are on the host.
+    """
+
+    def __init__(self, owners: dict[str, int], buffer_device: torch.device):
+        self.owners = owners
+        self.buffer_device = buffer_device
+        self.on_host = buffer_device != comm.device()
+        self.owned: dict[str, torch.Tensor] = {}
+        self.pending: deque[tuple[str, torch.Tensor, comm.Waitable]] = deque()
+        self.fired: list[str] = []
+
+    def sink(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def take(grad_output: torch.Tensor, layer_input: torch.Tensor) -> None:
+            while len(self.pending) >= IN_FLIGHT:
+                self._finish_one()
+            G = weight_gradient(grad_output, layer_input, None if self.on_host else self.owned.get(name))
+            if self.owners[name] == comm.rank() and not self.on_host:
+                self.owned[name] = G
+            self.pending.append((name, G, comm.reduce_to(G, self.owners[name])))
+            self.fired.append(name)
+
+        return take
+
+    def _finish_one(self) -> None:
+        name, G, work = self.pending.popleft()
+        work.wait()
+        if self.owners[name] != comm.rank() or not self.on_host:
+            return
+        if name in self.owned:
+            self.owned[name] += G.to(self.buffer_device)
+        else:
+            self.owned[name] = G.to(self.buffer_device)
+
+    def end_micro_batch(self) -> None:
+        while self.pending:
+            self._finish_one()
+        if sorted(self.fired) != sorted(self.owners):
+            odd = {name: self.fired.count(name) for name in self.owners if self.fired.count(name) != 1}
+            raise GradientError(
+                f"{len(odd)} target layers ran {sorted(set(odd.values()))} times in a forward pass, e.g. "
+                f"{next(iter(odd), '?')}; each must run exactly once. Leave such layers out of lora.target_modules."
+            )
+        self.fired.clear()
+
+
+def full_gradient(
+    base: Base,
+    targets: Sequence[Target],
+    owners: Sequence[int],
+    micro_batches: Sequence[MicroBatch],
+    buffer: str,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradient of the weighted loss with respect to each target's weight, on its owner.  Collective.
+
+    Args:
+        base: the frozen model, without adapters.  owners: rank of each target.  buffer: device or host.
+        micro_batches: of this rank; all ranks must have the same number.
+
+    Returns:
+        ``{name: G (m, n) fp32}`` of the targets this rank owns, and the loss (the same on all ranks).
+
+    Raises:
+        GradientError: if a target did not run exactly once per micro-batch.
+
+    Source: arXiv 2502.01235, "one-step full gradient"; arXiv 2407.05000, section 3.
+    """
+    buffer_device = torch.device("cpu") if buffer == "host" else comm.device()
+    sums = _OwnerSums({target.name: owner for target, owner in zip(targets, owners, strict=True)}, buffer_device)
+    loss = torch.zeros((), dtype=torch.float64)
+    with _hooks(base.module, sums), _backward_down_to(base.module, list(sums.owners)), dropout_off(base.module):
+        for micro_batch in micro_batches:
+            weighted = loss_sum(base.module, micro_batch.tensors, micro_batch.weight)
+            weighted.backward()
+            sums.end_micro_batch()
+            base.release()
+            loss += weighted.detach().double().cpu()
+            del weighted
+            progress()
+    base.release_all()
+    return sums.owned, float(comm.all_sum(loss))
+
+
+class _hooks:  # noqa: N801 (used as a function)
+    """Forward hooks on the targets for the length of a block."""
+
+    def __init__(self, module: nn.Module, sums: _OwnerSums):
+        self.layers = {name: module.get_submodule(name) for name in sums.owners}
+        self.sums = sums
+
+    def __enter__(self) -> None:
+        self.handles = [layer.register_forward_pre_hook(_save_input) for layer in self.layers.values()]
+        self.handles += [
+            layer.register_forward_hook(_capture_hook(self.sums.sink(name))) for name, layer in self.layers.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
+    """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
+
+    transformers' hooks on the embedding start autograd's graph there; these start it at the block's input instead.
+    Layers that do not all lie in one stack of blocks leave it at the embedding.
+    """
+    layers = {module.get_submodule(name) for name in names}
+    stack: list[Any] = next((list(s) for s in stacks(module) if layers <= set(s.modules())), [])
+    below = list(takewhile(lambda block: not layers & set(block.modules()), stack))
+    if not below:
+        yield
+        return
+    was_on = [getattr(block, "gradient_checkpointing", False) for block in below]
+    handles = [
+        module.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: output.detach()),
+        below[-1].register_forward_hook(_start_graph),
+    ]
+    try:
+        for block in below:
+            block.gradient_checkpointing = False  # without a graph there is nothing to recompute
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, on in zip(below, was_on, strict=True):
+            block.gradient_checkpointing = on
+
+
+def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    hidden.requires_grad_(True)
+
+
+def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return _SaveInput.apply(inputs[0])
+
+
+def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return _CaptureGradient.apply(output, inputs[0].grad_fn, sink)
+
+    return hook

@@ -1,0 +1,154 @@
+"""Bytes of a rank in each phase, term by term; tools/bench/phases.py holds them against measurements.
+
+- ``base``         e P / S on the device (under ``offload_param`` in host memory: 0 here)
+- ``persistent``   e times the parameters of which ZeRO-3 keeps a second, whole copy
+- ``largest_tensor``  of the load: e times it, while it is cut; ``staging``: SLAB_BYTES on their way to a GPU
+- ``gathered``     e :func:`gathered`: what ZeRO-3 holds whole at one time (0 on one rank or under stage 0)
+- ``owned``        4 sum(m n) over the fullest owner's targets of a layer group, for each part of the batch; 0 if
+                   ``init.buffer`` is host
+- ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner (0 on one rank)
+- ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU)
+- ``block_inputs`` e T h (L + 1), with gradient checkpointing
+- ``activations``  T (16 e h + 5 e f) for the last or a recomputed block (for all L without checkpointing)
+- ``logits``       e T V, and a few rows of them in fp32 (LOSS_COPIES LOSS_BYTES)
+- ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.initialise.spectral`)
+- ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
+- ``compensated pairs``  4 r sum(m + n) more while training, for the methods that change the base
+- ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_one_dist.base.loss import LOSS_BYTES
+from lora_one_dist.base.sharding import REUSE_DISTANCE, SLAB_BYTES, with_fetch_sizes
+from lora_one_dist.base.targets import Target
+from lora_one_dist.config.settings import COMPENSATED_METHODS, GRADIENT_METHODS, Config
+from lora_one_dist.initialise.gradient import IN_FLIGHT
+from lora_one_dist.initialise.pairs import singular_vectors_needed
+from lora_one_dist.initialise.spectral import FULL_BLOCKS, krylov_width
+from lora_one_dist.plan.shape import (
+    Cluster,
+    Shape,
+    element_bytes,
+    fullest_owner,
+    parts_of_batch,
+    passes_of_init,
+    ranks_a_copy,
+)
+from lora_one_dist.train.optim import make_layout
+
+BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
+LOSS_COPIES = 3  # of some rows of the logits in fp32, while the loss is taken
+
+
+def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
+    """Elements that ZeRO-3 keeps from forward to backward: ``stage3_max_reuse_distance`` of them (measured)."""
+    return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)))
+
+
+def gathered(shape: Shape, zero: Mapping[str, Any], recorded: bool) -> int:
+    """Elements that ZeRO-3 holds whole at one time.
+
+    What it keeps for reuse; the largest tensor or a block, whichever is more with what it may fetch ahead beside it,
+    each twice: as the flat buffer of a gathering and as what is cut from it.  Once it has ``recorded`` the order of a
+    pass, which the few passes of an initialisation hardly do, it holds a block beside the largest tensor, twice, and
+    one more (measured).
+    """
+    zero = with_fetch_sizes(zero, shape.largest_block)
+    kept, block, tensor = kept_gathered(shape, zero), shape.largest_block, shape.largest_tensor
+    bucket, live = int(zero["stage3_prefetch_bucket_size"]), int(zero["stage3_max_live_parameters"])
+    with_tensor, with_block = (whole + min(bucket, max(0, live - kept - whole)) for whole in (tensor, block))
+    most = kept + (2 * (block + with_tensor) + block if recorded else 2 * max(with_tensor, with_block))
+    return min(shape.parameters + block + bucket, most)
+
+
+def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
+    """Bytes by phase and term: those of this file's docstring."""
+    e, sharers = element_bytes(config), ranks_a_copy(config, cluster)
+    zero, tokens = config.deepspeed.zero, config.train.micro_batch_size * config.data.max_length
+    on_gpu = cluster.backend == "nccl"
+    offloaded = config.deepspeed.offloads and on_gpu
+    several = config.deepspeed.stage == 3 and (sharers > 1 or offloaded)  # as model.is_partitioned
+    base = {"base": 0 if offloaded else e * (shape.parameters // sharers)}
+    if config.deepspeed.stage == 3:
+        base["persistent"] = e * shape.persistent if several else 0
+    activations = _activations(shape, tokens, e, config.model.gradient_checkpointing != "none")
+    first, later = (
+        base | {"gathered": e * gathered(shape, zero, recorded) if several else 0, **activations}
+        for recorded in (False, True)
+    )
+    staging = SLAB_BYTES if on_gpu else 0
+    largest = e * shape.largest_tensor if several else 0
+    found = {"load": base | {"largest_tensor": largest, "staging": staging}}
+    r = config.lora.r
+    pairs = 4 * r * shape.adapter
+    if config.init.method in GRADIENT_METHODS:
+        found["gradient"] = first | gradient_terms(shape, config, cluster, tokens)
+        if several and passes_of_init(config, cluster) == 1:
+            found["gradient"]["gathered"] = _gathered_once(shape, zero, e, found["gradient"])
+    if config.init.method != "lora":
+        owned, largest_owned = fullest_owner(shape, config, cluster)
+        on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
+        held = 4 * parts_of_batch(config) * (max(t.m * t.n for t in shape.targets) if on_host else owned)
+        needed = singular_vectors_needed(config.init.method, r)
+        krylov = max((krylov_bytes(target, needed) for target in largest_owned), default=0)
+        found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
+        found["broadcast"] = base | {"pairs": 2 * pairs}
+    p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
+    kept = pairs if config.init.method in COMPENSATED_METHODS else 0
+    states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
+    found["step"] = later | states | ({"compensated pairs": kept} if kept else {})
+    return found
+
+
+def _gathered_once(shape: Shape, zero: Mapping[str, Any], e: int, terms: Mapping[str, int]) -> int:
+    """Bytes of ``gathered`` where each rank runs one micro-batch.
+
+    The order of a pass is not known yet, so nothing is fetched ahead; and the owner's sums are whole only where
+    backward ends, far from the largest tensor.
+    """
+    at_the_end = e * (kept_gathered(shape, zero) + 2 * shape.largest_block)
+    return at_the_end + max(0, 2 * e * shape.largest_tensor - terms["owned"] - terms["in_flight"])
+
+
+def _activations(shape: Shape, tokens: int, e: int, checkpointing: bool) -> dict[str, int]:
+    at_once = 1 if checkpointing else shape.layers
+    block = at_once * tokens * e * (16 * shape.hidden + 5 * shape.intermediate)
+    logits = e * tokens * shape.vocabulary + LOSS_COPIES * min(LOSS_BYTES, 4 * tokens * shape.vocabulary)
+    inputs = e * tokens * shape.hidden * (shape.layers + 1) if checkpointing else 0
+    return {"block_inputs": inputs, "activations": block, "logits": logits}
+
+
+def gradient_terms(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, int]:
+    """Of the gradient phase alone, beside the base and the activations."""
+    e, on_gpu = element_bytes(config), cluster.backend == "nccl"
+    owned, _ = fullest_owner(shape, config, cluster)
+    largest = max(target.m * target.n for target in shape.targets)
+    upcast = 0 if e == 4 or on_gpu else 4 * tokens * max(target.m + target.n for target in shape.targets)
+    host = config.init.buffer == "host" and on_gpu
+    return {
+        "owned": 0 if host else 4 * parts_of_batch(config) * owned,
+        "in_flight": 4 * IN_FLIGHT * largest if cluster.ranks > 1 or host else 0,
+        "upcast": upcast,
+    }
+
+
+def krylov_bytes(target: Target, r: int) -> int:
+    """Of one SVD: bases of both sides and their images, or of a full one."""
+    width = krylov_width(r)
+    if min(target.m, target.n) <= FULL_BLOCKS * width:
+        return 4 * (target.m + target.n) * min(target.m, target.n)
+    return 4 * BLOCKS_EXPECTED * width * (2 * target.m + 3 * target.n)
+
+
+def host_bytes(shape: Shape, config: Config, cluster: Cluster) -> int:
+    """What offload and host buffers take of a host's memory beside what the ranks' processes do."""
+    size = 0
+    if config.deepspeed.offloads:
+        size += element_bytes(config) * (shape.parameters // ranks_a_copy(config, cluster))
+    if config.init.buffer == "host" and config.init.method != "lora":
+        size += 4 * parts_of_batch(config) * fullest_owner(shape, config, cluster)[0]
+    return size * cluster.ranks_per_host

@@ -1,0 +1,65 @@
+"""Operations and seconds of each phase: predictions, as if work and wire overlapped well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_one_dist.cluster import ownership
+from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.initialise.pairs import singular_vectors_needed
+from lora_one_dist.initialise.spectral import krylov_width
+from lora_one_dist.plan.memory import BLOCKS_EXPECTED
+from lora_one_dist.plan.shape import (
+    Cluster,
+    Shape,
+    fullest_owner,
+    parts_of_batch,
+    passes_of,
+    passes_of_init,
+    share_below,
+)
+from lora_one_dist.plan.wire import Wire
+
+FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
+PHASES = ("load", "gradient", "gather weights", "svd", "broadcast", "step")
+
+
+def operations_by_phase(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, float]:
+    """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
+    by causality; what is recomputed counts."""
+    attention = 2.0 * tokens * config.data.max_length * shape.hidden
+    forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + attention * shape.layers
+    checkpointing = config.model.gradient_checkpointing
+    left_out = shape.last_linear if checkpointing == "non_reentrant" else 0
+    again = 2.0 * tokens * (shape.recomputed - left_out) + attention * (shape.layers - 1)
+    if checkpointing == "none":
+        again = 0.0
+    weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
+    groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
+    parts, found = parts_of_batch(config), {}
+    if config.init.method in GRADIENT_METHODS:
+        passes = parts * passes_of_init(config, cluster)
+        back = sum(1.0 - share_below(shape, group) for group in groups)
+        found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + weights)
+    if config.init.method != "lora":
+        needed = singular_vectors_needed(config.init.method, config.lora.r)
+        columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
+        owned, _ = fullest_owner(shape, config, cluster)
+        found["svd"] = 4.0 * columns * owned * len(groups)
+    micro_batches = passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
+    adapters = 6.0 * tokens * config.lora.r * shape.adapter
+    found["step"] = micro_batches * (2 * forward + again + adapters)
+    return found
+
+
+def seconds_by_phase(
+    shape: Shape, config: Config, cluster: Cluster, wire: Mapping[str, Wire], operations: Mapping[str, float]
+) -> dict[str, float]:
+    """The longer of work and wire, phase by phase: as if they overlapped well."""
+    found = {}
+    for phase in (name for name in PHASES if name in operations or name in wire):
+        speed = cluster.operations * (FP32_SHARE if phase == "svd" else 1.0)
+        moved = wire.get(phase, Wire())
+        on_wire = moved.inside / cluster.ranks / cluster.inside + moved.between / cluster.ranks / cluster.between
+        found[phase] = max(operations.get(phase, 0.0) / speed, on_wire)
+    return found

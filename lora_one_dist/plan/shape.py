@@ -1,0 +1,132 @@
+"""What a plan is made for: a model as far as memory and work depend on it, a cluster, and a run's counts.
+
+Symbols in this room: T tokens of a micro-batch (padding included), h hidden size, f intermediate size, L blocks, V
+words, e bytes an element, P parameters of the base, S ranks that share one copy of it, R ranks, H hosts, p adapter
+parameters.  All of the room is pure, reads no weight and is not collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_one_dist.base.blocks import blocks
+from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster import ownership
+from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, as far as memory and work depend on it.  Elements, not bytes."""
+
+    parameters: int
+    persistent: int
+    """In parameters below ``stage3_param_persistence_threshold``: ZeRO-3 keeps a second, whole copy of them."""
+    largest_tensor: int
+    largest_block: int
+    lookup_only: int
+    """In the embedding, unless the output head multiplies by it too."""
+    recomputed: int
+    """In the blocks that reentrant checkpointing runs again: all but the last."""
+    last_linear: int
+    """Of them in the last linear layer of each block, which non-reentrant checkpointing leaves out."""
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    targets: tuple[Target, ...]
+
+    @property
+    def adapter(self) -> int:
+        """Adapter parameters for r 1."""
+        return sum(target.m + target.n for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run goes.  Speeds per rank, in bytes and operations a second; of use for :func:`seconds` alone."""
+
+    hosts: int
+    ranks_per_host: int
+    bytes_per_rank: float = 80e9
+    operations: float = 4e14
+    inside: float = 2e11
+    between: float = 2.5e10
+    backend: str = "nccl"
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+
+def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: int) -> Shape:
+    """Of a transformers model; its parameters may be on the meta device."""
+    config = skeleton.config.get_text_config()
+    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
+    sizes = [parameter.numel() for parameter in skeleton.parameters()]
+    block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
+    linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
+    hidden = config.hidden_size
+    return Shape(
+        parameters=sum(sizes),
+        persistent=sum(size for size in sizes if size < persistence_threshold),
+        largest_tensor=max(sizes),
+        largest_block=max(block_sizes, default=max(sizes)),
+        lookup_only=0 if head is embedding else embedding.numel(),
+        recomputed=sum(block_sizes[:-1]),
+        last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        layers=config.num_hidden_layers,
+        vocabulary=config.vocab_size,
+        targets=tuple(targets),
+    )
+
+
+def ranks_a_copy(config: Config, cluster: Cluster) -> int:
+    """S: ranks that share one copy of the base."""
+    if config.deepspeed.stage != 3:
+        return 1
+    return cluster.ranks if config.deepspeed.shard_group == "world" else cluster.ranks_per_host
+
+
+def element_bytes(config: Config) -> int:
+    """e: of the base and of the adapters' working copies."""
+    return 2 if config.model.dtype == "bf16" else 4
+
+
+def parts_of_batch(config: Config) -> int:
+    """Parts of the init batch whose gradients are kept apart: 2 for ``init.halves``."""
+    return 2 if config.init.halves and config.init.method in GRADIENT_METHODS and config.init.num_samples > 1 else 1
+
+
+def fullest_owner(shape: Shape, config: Config, cluster: Cluster) -> tuple[int, list[Target]]:
+    """Elements of the fullest owner's matrices in the largest layer group, and which they are."""
+    fullest: tuple[int, list[Target]] = (0, [])
+    costs = [float(target.m * target.n) for target in shape.targets]
+    for group in ownership.split(costs, config.init.layer_groups):
+        owners = ownership.assign([costs[i] for i in group], cluster.ranks)
+        for rank in range(cluster.ranks):
+            own = [shape.targets[i] for i, owner in zip(group, owners, strict=True) if owner == rank]
+            fullest = max(fullest, (sum(t.m * t.n for t in own), own), key=lambda found: found[0])
+    return fullest
+
+
+def share_below(shape: Shape, group: Sequence[int]) -> float:
+    """Share of the parameters in the blocks below the first that holds one of these targets."""
+    return group[0] * shape.layers // len(shape.targets) * shape.largest_block / shape.parameters
+
+
+def passes_of_init(config: Config, cluster: Cluster) -> int:
+    """Micro-batches that each rank runs for each part of the init batch."""
+    samples = -(-config.init.num_samples // parts_of_batch(config))
+    return passes_of(samples, config.train.micro_batch_size, cluster.ranks)
+
+
+def passes_of(samples: int, micro_batch_size: int, ranks: int) -> int:
+    """Micro-batches that each rank runs."""
+    return -(-samples // (micro_batch_size * ranks))

@@ -1,0 +1,88 @@
+"""What makes two starts one run: its settings, layers, base and data, and which of them may change.  Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_one_dist.base.targets import Target
+from lora_one_dist.config.settings import Config
+
+# Settings that a run keeps: to change one is to start another run. Those not listed may change, and the change is
+# logged. What `data` and `model.path` mean is compared by content, `lora.target_modules` by the layers it names.
+KEPT = (
+    "model.dtype",
+    "lora.r",
+    "lora.alpha",
+    "lora.use_rslora",
+    "init.method",
+    "init.adapter",
+    "init.num_samples",
+    "init.average",
+    "init.gamma",
+    "optim.name",
+    "optim.preconditioner",
+    "train.global_batch_size",
+    "train.seed",
+)
+# Where things lie, or what is measured: not worth a line when it changes.
+UNLOGGED = ("model.path", "data", "lora.target_modules", "output_dir", "resume", "init")
+
+
+def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any) -> dict[str, Any]:
+    """What a run is: its settings, layers, and the fingerprints of base, training and evaluation data.  Pure."""
+    layers = [[target.name, target.m, target.n] for target in targets]
+    # Through JSON, as it will be read back.
+    return json.loads(
+        json.dumps(
+            {
+                "config": config.model_dump(mode="json"),
+                "targets": layers,
+                "base": base,
+                "train_data": train,
+                "eval_data": evaluation,
+            }
+        )
+    )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two runs' identities: what makes them two, and what may change within one.  Pure."""
+    refused, changed = [], []
+    was, is_ = flatten(before["config"]), flatten(now["config"])
+    for key in sorted(was.keys() | is_.keys()):
+        old, new = was.get(key), is_.get(key)
+        if old == new:
+            continue
+        if key in KEPT:
+            refused.append(f"{key} is {new}, was {old}")
+        elif not any(key == name or key.startswith(f"{name}.") for name in UNLOGGED):
+            changed.append(f"{key} is now {new}, was {old}")
+    old_layers, new_layers = ({name: (m, n) for name, m, n in run["targets"]} for run in (before, now))
+    if old_layers != new_layers:
+        names = sorted(
+            name for name in old_layers.keys() | new_layers.keys() if old_layers.get(name) != new_layers.get(name)
+        )
+        refused.append(
+            f"lora.target_modules names {len(new_layers)} layers, were {len(old_layers)}; {names[0]} differs"
+        )
+    for what, key in (("the base", "base"), ("the training data", "train_data")):
+        parts = [part for part in now[key] if before[key].get(part) != now[key][part]]
+        if parts:
+            shown = ", ".join(f"{part} {now[key][part]!s:.12}, was {before[key].get(part)!s:.12}" for part in parts)
+            refused.append(f"{what} is another one ({shown})")
+    if before["eval_data"] != now["eval_data"]:
+        changed.append("the evaluation data is another one: the best checkpoint so far is forgotten")
+    return refused, changed
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` to ``{"a.b": 1}``.  Pure."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat

@@ -1,0 +1,126 @@
+"""What a run reads before any weight, and everything that can be refused by then.
+
+In: a :class:`Config`.  Out: :class:`Inputs`: the model's plan, the tokenizer, token data, and what tells this run from
+another.  Every function here runs on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_one_dist.adapters import folder as adapters
+from lora_one_dist.base import loading
+from lora_one_dist.base.files import fingerprint
+from lora_one_dist.base.packable import refuse_unpackable
+from lora_one_dist.base.skeleton import check_tokenizer, local_folder
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
+from lora_one_dist.data import batches
+from lora_one_dist.data.rows import DataError, load_rows
+from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
+from lora_one_dist.data.split import evaluation_rows, training_data
+from lora_one_dist.data.tokenizer import load_tokenizer
+from lora_one_dist.initialise import pairs
+from lora_one_dist.run import checkpoint
+from lora_one_dist.run.identity import identity
+from lora_one_dist.train import evaluate
+
+
+@dataclass
+class Inputs:
+    """What is read before any weight."""
+
+    plan: loading.Plan
+    tokenizer: Any
+    train: TokenData
+    held: evaluate.Held | None
+    """For evaluation, if the config names any."""
+    given: pairs.Pairs | None
+    identity: dict[str, Any]
+    """Of the run: :func:`~lora_one_dist.run.identity.identity`."""
+
+
+def read(config: Config) -> Inputs:
+    """Read and check model plan, tokenizer, data, given adapter, and the room on the disk.  Collective."""
+    settings = config.model
+    folder = local_folder(settings.path, settings.trust_remote_code, settings.allow_pickle)
+    with comm.all_or_none("checking the model"):
+        needed = pairs.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
+        plan = loading.plan(folder, config.model, config.lora, needed)
+        loading.check_loadable(plan, config.deepspeed.shard_group)
+        tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
+        check_tokenizer(plan.skeleton, tokenizer)
+        if config.data.packing:
+            refuse_unpackable(plan.skeleton)
+        if comm.rank() == 0:
+            checkpoint.refuse_full_disk(Path(config.output_dir), config, plan.targets)
+    with comm.all_or_none("reading the data"):
+        rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
+    # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
+    with comm.all_or_none("tokenizing the data"):
+        with comm.local_first():
+            train = training_data(rows, tokenizer, config.data)
+        _refuse_too_few(config, len(train))
+        _refuse_long_warmup(config, len(train))
+    held = _read_held(config, tokenizer, rows)
+    given = None
+    if config.init.adapter is not None:
+        with comm.all_or_none("reading the adapter"):
+            given = adapters.read_adapter(Path(config.init.adapter), config, plan.targets)
+    own = _identity(config, plan, train, held.tokens if held is not None else None)
+    return Inputs(plan, tokenizer, train, held, given, own)
+
+
+def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
+    """Held-out data, if the config names any or holds any out.  Collective."""
+    with comm.all_or_none("reading the evaluation data"):
+        found = evaluation_rows(config.data, train_rows)
+    if found is None:
+        return None
+    rows, numbers, source = found
+    with comm.all_or_none("tokenizing the evaluation data"):
+        with comm.local_first():
+            tokens = tokenize(rows, tokenizer, config.data, source, numbers)
+        answered = numbers[: config.train.exact_match_samples].tolist()
+        prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)
+        evaluate.refuse_unmatched(config.train.exact_match_pattern, prompts, answered, source)
+    return evaluate.Held(tokens, prompts, tokenizer)
+
+
+def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:
+    """By rank 0, which has all of it under its eyes as the others have."""
+    own = None
+    with comm.all_or_none("taking fingerprints of base and data"):
+        if comm.rank() == 0:
+            evaluation = held_out.fingerprint() if held_out is not None else None
+            base = fingerprint(plan.folder)
+            own = identity(config, plan.targets, base, train.fingerprint(), evaluation)
+    return comm.all_gather_object(own)[0]
+
+
+def total_steps(train: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of the whole run.  Pure."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return math.ceil((train.epochs or 0) * batches.steps_per_epoch(num_samples, train.global_batch_size))
+
+
+def _refuse_too_few(config: Config, available: int) -> None:
+    needed = {"train.global_batch_size": config.train.global_batch_size} if config.train.max_steps != 0 else {}
+    if config.init.adapter is None and config.init.method in GRADIENT_METHODS:
+        needed["init.num_samples"] = config.init.num_samples
+    for key, count in needed.items():
+        if count > available:
+            what = "packed rows" if config.data.packing else "samples"
+            raise DataError(f"{key} = {count}: the training data has {available} {what}. Lower it or add data.")
+
+
+def _refuse_long_warmup(config: Config, num_samples: int) -> None:
+    total, warmup = total_steps(config.train, num_samples), config.optim.warmup_steps
+    if 0 < total <= warmup:
+        raise DataError(
+            f"optim.warmup_steps = {warmup}: the run has {total} steps, so optim.lr would never be reached. Lower it."
+        )

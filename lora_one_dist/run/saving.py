@@ -1,0 +1,142 @@
+"""What a run writes of its adapters while it goes: checkpoints, the best of them, and the result.
+
+In: adapters and optimizer as they are now.  Out: files.  All of it is collective, and none of it ends a run but an
+error under ``checkpoint.on_failure: stop``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_one_dist.adapters import folder as adapter_files
+from lora_one_dist.adapters.lora import Adapter
+from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.settings import Config
+from lora_one_dist.data import batches
+from lora_one_dist.disk import folders
+from lora_one_dist.initialise.pairs import Pairs
+from lora_one_dist.run import metrics
+from lora_one_dist.run.checkpoint import Store
+from lora_one_dist.run.inputs import total_steps
+from lora_one_dist.train import optim
+
+RETRY_SECONDS = 20.0  # until the finished adapter is tried to be written again
+
+
+def guarded(record: metrics.RunFolder, on_failure: str, write: Callable[[], Any]) -> bool:
+    """Do a collective write; False if it failed, with a warning, unless ``on_failure`` is stop.
+
+    Raises:
+        RankError: on all ranks, if it failed and ``on_failure`` is stop.
+    """
+    try:
+        write()
+    except comm.RankError as error:
+        if on_failure == "stop":
+            raise
+        record.say(f"warning: {error}. The run goes on; older checkpoints are whole.")
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes, and what the run must know of how that began.  The same on every rank, but ``initial``."""
+
+    adapters: list[Adapter]
+    initial: Pairs | None
+    """A0 and B0 as set where the method changed the base, on the rank that writes; {} on the others."""
+    optimizer: optim.LayerShardedOptimizer
+    before: dict[str, float]
+    """Evaluation of the base alone."""
+
+
+class Saving:
+    """Where the adapters of one run are kept.  Construct and call on every rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        record: metrics.RunFolder,
+        store: Store,
+        trained: Trained,
+        targets: Sequence[Target],
+        num_samples: int,
+    ):
+        """
+        Args:
+            num_samples: of the training data, packed rows counted as one.
+        """
+        self.config, self.record, self.store, self.trained = config, record, store, trained
+        self.targets, self.num_samples = targets, num_samples
+
+    def save(self, step: int, evaluated: bool, best: dict[str, Any] | None = None) -> bool:
+        """Save a checkpoint (the ``best``?) of now; False if that failed and the run shall go on without.
+
+        Args:
+            step: steps done.  evaluated: is their evaluation done too?
+        """
+        if self.store.newest == step:
+            return True
+        began = time.monotonic()
+        files = self._encode() if self.record.writes else {}
+        state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
+        state |= {"before": self.trained.before, "versions": metrics.versions()}
+        state["metrics_bytes"] = self.record.size_bytes()
+
+        def write() -> None:
+            size = self.store.save(step, files, self.trained.optimizer, state)
+            seconds = time.monotonic() - began
+            self.record.say(f"checkpoint step-{step} saved: {size / metrics.MIB:.1f} MiB in {seconds:.2f} s")
+
+        guarded(self.record, self.config.checkpoint.on_failure, write)
+        return self.store.newest == step
+
+    def save_if_best(self, step: int, evaluated: bool, loss: float) -> None:
+        """Keep this step's checkpoint if its evaluation's ``loss`` is the lowest so far and the best is wanted."""
+        wanted = self.config.checkpoint.keep_best and self.config.train.eval_steps and self.store.is_best(loss)
+        if wanted and self.save(step, evaluated, {"step": step, "eval_loss": loss}):
+            guarded(self.record, self.config.checkpoint.on_failure, lambda: self.store.set_best(step, loss))
+
+    def write_results(self, summary: dict[str, Any]) -> None:
+        """The adapter, if it was trained, and the summary; tried again for a while where the disk takes them not.
+
+        Raises:
+            RankError: on all ranks, if the disk has not taken them by ``checkpoint.timeout_seconds``.
+        """
+        settings = self.config.checkpoint
+
+        def write() -> None:
+            if self.record.writes and summary["steps"] > 0:
+                folders.replace(self.record.root / "adapter", self._encode())
+            self.record.write_json("summary.json", summary)
+
+        tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1
+        for left in reversed(range(tries)):
+            try:
+                folders.on_all("writing the adapter", write, settings.timeout_seconds)
+                return
+            except comm.RankError as error:
+                if left == 0:
+                    raise
+                self.record.say(f"warning: {error}. Tried again in {RETRY_SECONDS:.0f} s.")
+                time.sleep(RETRY_SECONDS)
+
+    def _encode(self) -> dict[str, bytes]:
+        """Files of the PEFT folder."""
+        return adapter_files.encode(self.config, self.trained.adapters, self.targets, self.trained.initial)
+
+    def _position(self, step: int) -> dict[str, Any]:
+        """Where in the data and the schedule the run is, for people and tools: to go on, the step is enough."""
+        train = self.config.train
+        epoch, batch = divmod(step, batches.steps_per_epoch(self.num_samples, train.global_batch_size))
+        total = total_steps(train, self.num_samples)
+        return {
+            "seed": train.seed,
+            "position": {"epoch": epoch, "sample": batch * train.global_batch_size},
+            "schedule": {"total_steps": total, "lr": optim.learning_rate(step, total, self.config.optim)},
+        }

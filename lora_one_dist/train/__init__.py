@@ -1,0 +1,1 @@
+"""The loop over steps, its optimizer, and evaluation.  Uses config to adapters."""

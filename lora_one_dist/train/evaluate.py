@@ -1,0 +1,109 @@
+"""Evaluation on held-out data: mean loss over target tokens, and exact match of greedy answers.
+
+In: the model with its adapters, held-out tokens and prompts.  Out: numbers, the same on every rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_one_dist.base.loss import loss_sum
+from lora_one_dist.base.sharding import Base
+from lora_one_dist.cluster import comm
+from lora_one_dist.config.settings import Config
+from lora_one_dist.data import batches
+from lora_one_dist.data.rows import DataError, place_of
+from lora_one_dist.data.samples import TokenData
+
+GENERATION_BATCH = 32  # prompts answered at a time for exact match
+Progress = Callable[[str, int, int], None]  # label, done, total
+
+
+@dataclass
+class Held:
+    """Held-out data: tokens, and for exact match (ids of the prompt, text of the completion)."""
+
+    tokens: TokenData
+    prompts: list[tuple[list[int], str]]
+    tokenizer: Any
+
+
+def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, answers: bool) -> dict[str, float]:
+    """Mean loss over the target tokens of the evaluation data and, with ``answers``, exact match.  Collective.
+
+    Nothing without held-out data.  Leaves the module in eval mode.
+    """
+    if held is None:
+        return {}
+    base.module.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    size, pad = config.train.micro_batch_size, held.tokenizer.pad_token_id
+    with torch.no_grad():
+        dealt = batches.deal(len(held.tokens), size, comm.world_size(), comm.rank())
+        for done, positions in enumerate(dealt, start=1):
+            samples = [held.tokens.dataset[i] for i in positions or [0]]
+            loss += loss_sum(base.module, batches.collate(samples, pad, weightless=not positions)).double().cpu()
+            progress("evaluate, micro-batches", done, len(dealt))
+        values = {"eval_loss": float(comm.all_sum(loss)) / held.tokens.num_targets}
+        if answers and held.prompts:
+            values["exact_match"] = _exact_match(base, config, held, progress)
+    return values
+
+
+def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> float:
+    """Share of held-out prompts whose greedy answer equals the reference's, in [0, 1]."""
+    pattern, tokenizer = config.train.exact_match_pattern, held.tokenizer
+    right = torch.zeros((), dtype=torch.float64)
+    dealt = batches.deal(len(held.prompts), GENERATION_BATCH, comm.world_size(), comm.rank())
+    for done, positions in enumerate(dealt, start=1):
+        asked = [held.prompts[i] for i in positions or [0]]
+        width = max(len(ids) for ids, _ in asked)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids, _ in asked])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in asked])
+        written = base.module.generate(
+            input_ids=ids.to(comm.device()),
+            attention_mask=mask.to(comm.device()),
+            max_new_tokens=config.train.exact_match_max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            repetition_penalty=1.0,
+            # transformers does not know of our partitioning: ranks that finish early must keep gathering.
+            synced_gpus=base.partitioned and comm.world_size() > 1,
+        )
+        texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        if positions:
+            answers = zip(texts, (reference for _, reference in asked), strict=True)
+            right += sum(_answer(text, pattern) == _answer(reference, pattern) for text, reference in answers)
+        progress("exact match, batches of answers", done, len(dealt))
+    return float(comm.all_sum(right)) / len(held.prompts)
+
+
+def _answer(text: str, pattern: str | None) -> str:
+    """The last match of the pattern (its first group, if any), stripped, 1,234 as 1234; no match is ''.
+
+    Without a pattern the whole text, stripped.
+    """
+    if pattern is None:
+        return text.strip()
+    found = [match.group(1) if match.re.groups else match.group() for match in re.finditer(pattern, text)]
+    return re.sub(r"(?<=\d),(?=\d{3})", "", found[-1] or "").strip() if found else ""
+
+
+def refuse_unmatched(
+    pattern: str | None, prompts: Sequence[tuple[list[int], str]], rows: Sequence[int], source: str | list[str]
+) -> None:
+    """Raise DataError if the pattern finds no answer in a reference; ``rows`` of ``source`` are the prompts'.  Pure."""
+    for row, (_, reference) in zip(rows, prompts, strict=True):
+        if not _answer(reference, pattern):
+            place = place_of(source, int(row))
+            raise DataError(
+                f"train.exact_match_pattern = {pattern!r}: finds no answer in the completion of {place}, "
+                f"{reference!r:.80}. Correct the pattern, or leave it out to compare whole completions."
+            )

@@ -1,0 +1,350 @@
+"""Riemannian-preconditioned AdamW or SGD on LoRA pairs, sharded by layer.
+
+In: adapters (the same on every rank), their gradients as backward makes them.  Out: the updated adapters on every
+rank.  The pure maths come first, batched over k layers of one shape; :class:`LayerShardedOptimizer` puts the
+communication around them.  A layer's whole pair (A, B) has one owner rank, so the preconditioner sees both, and the
+owner alone keeps fp32 masters and moments.
+
+One step, all ranks together:
+
+1. accumulate      during backward each gradient is added to its place in one flat fp32 send buffer, ordered by owner
+2. reduce_scatter  the sum over ranks of each owner's part arrives at the owner, in a fixed order of adding
+3. clip            one number from each rank: the raw gradient's global norm
+4. update          the owner preconditions and takes the step on its masters
+5. all_gather      the working copies (bf16 or fp32) go to every rank; the adapters are views of what arrives
+
+Bytes per rank, P adapter parameters: 4 P send buffer, w P working copies (w bytes each), and of the share P /
+world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; step 2 takes 4 P / L for a
+moment on L ranks a host, and step 4 its result, 4 bytes per element of the largest block, with fp64 copies of at most
+24 CHUNK bytes or those of one layer.  Steps 2 and 5 go inside the host first (:mod:`hierarchy`): of H hosts each sends
+(4 P + w P) (H - 1) / H bytes a step to the others, whatever its number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_one_dist.adapters.lora import Adapter
+from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster import comm, hierarchy, ownership
+from lora_one_dist.config.settings import OptimConfig
+from lora_one_dist.initialise import spectral
+
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # adapter elements preconditioned at once: what a cache holds; few kernels
+
+
+class OptimizerError(RuntimeError):
+    """An adapter's gradient is missing or zero, or a preconditioner cannot be factorised."""
+
+
+class NonFiniteError(OptimizerError):
+    """Gradients that are not finite; ``layers`` names them as lora_A or lora_B of a target.  The same on all ranks."""
+
+    def __init__(self, layers: Sequence[str], step: int):
+        self.layers = list(layers)
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        super().__init__(f"gradient of {', '.join(layers[:3])}{more} is not finite at step {step}. Lower optim.lr.")
+
+
+def precondition(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    grad_A: torch.Tensor,
+    grad_B: torch.Tensor,
+    damping: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(B'B + damping I)^-1 grad_A`` and ``grad_B (AA' + damping I)^-1``, both from the values before the step.
+
+    A, grad_A (k, r, n); B, grad_B (k, m, r); returns fp32 of the same shapes.  Grams, their inverses and the products
+    with them are fp64: with damping 1e-6 the fp32 Gram of a near-singular B is wrong by 1e-2 to 1.
+
+    Raises:
+        OptimizerError: if a damped Gram is not positive definite (damping below fp64 rounding of a huge Gram).
+
+    Source: arXiv 2402.02347, equation 5; arXiv 2502.01235, algorithm 1.
+    """
+    new_A, new_B = torch.empty_like(grad_A, dtype=torch.float32), torch.empty_like(grad_B, dtype=torch.float32)
+    layers = max(1, CHUNK[A.device.type] // (A[0].numel() + B[0].numel()))
+    stacks = (tensor.split(layers) for tensor in (A, B, grad_A, grad_B, new_A, new_B))
+    for A_i, B_i, grad_A_i, grad_B_i, new_A_i, new_B_i in zip(*stacks, strict=True):
+        A64, B64 = A_i.double(), B_i.double()
+        new_A_i.copy_(_damped_inverse(B64.mT @ B64, damping) @ grad_A_i.double())
+        new_B_i.copy_(grad_B_i.double() @ _damped_inverse(A64 @ A64.mT, damping))
+    return new_A, new_B
+
+
+def _damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Of r x r matrices: a product with it takes half the time of solving for each column."""
+    gram.diagonal(dim1=-2, dim2=-1).add_(damping)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if bool(info.any()):
+        raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
+    return torch.cholesky_inverse(factor)
+
+
+def adamw_(
+    parameter: torch.Tensor,
+    grad: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step in place, step counted from 1, with bias correction.  Any shape, fp32.
+
+    Source: arXiv 1711.05101, algorithm 2 (the learning rate scales the decay, as in torch).
+    """
+    first.lerp_(grad, 1 - betas[0])
+    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
+    parameter.mul_(1 - lr * weight_decay).addcdiv_(first, denominator, value=-lr / (1 - betas[0] ** step))
+
+
+def sgd_(parameter: torch.Tensor, grad: torch.Tensor, lr: float, weight_decay: float) -> None:
+    """One SGD step in place with decoupled weight decay.  Any shape, fp32."""
+    parameter.mul_(1 - lr * weight_decay).add_(grad, alpha=-lr)
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Rate of optimizer step ``step`` (from 0): linear warm-up from 0, then the schedule down to 0 at total_steps."""
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr * max(0.0, 1 - progress)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr
+
+
+@dataclass(frozen=True)
+class Block:
+    """The k targets of one shape that one rank owns: their A side by side in the flat buffers, then their B."""
+
+    owner: int
+    """Slot of the owner rank (:func:`hierarchy.slot`)."""
+    targets: tuple[int, ...]
+    m: int
+    n: int
+    start: int
+    """Offset of the block inside its owner's share."""
+
+    def split(self, share: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views (k, r, n) and (k, m, r) of this block in its owner's share: stacked for one bmm, no copy."""
+        k = len(self.targets)
+        middle, end = self.start + k * r * self.n, self.start + k * r * (self.m + self.n)
+        return share[self.start : middle].view(k, r, self.n), share[middle:end].view(k, self.m, r)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each target's pair lies in a flat tensor of ``world_size * share`` elements, owners one after another."""
+
+    blocks: tuple[Block, ...]
+    share: int
+    r: int
+
+    def views(self, flat: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Per target index its A (r, n) and B (m, r) inside a flat tensor of all shares."""
+        found = {}
+        for block in self.blocks:
+            A, B = block.split(flat[block.owner * self.share : (block.owner + 1) * self.share], self.r)
+            found.update({target: (A[i], B[i]) for i, target in enumerate(block.targets)})
+        return found
+
+
+def make_layout(targets: Sequence[Target], r: int, world_size: int) -> Layout:
+    """Owners balanced by r (m + n); shares padded to the largest, since gloo refuses uneven ones.  Pure."""
+    owners = ownership.assign([float(r * (t.m + t.n)) for t in targets], world_size)
+    blocks, share = [], 1
+    for owner in range(world_size):
+        start = 0
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i, target in enumerate(targets):
+            if owners[i] == owner:
+                by_shape.setdefault((target.m, target.n), []).append(i)
+        for (m, n), members in sorted(by_shape.items()):
+            blocks.append(Block(owner, tuple(members), m, n, start))
+            start += len(members) * r * (m + n)
+        share = max(share, start)
+    return Layout(tuple(blocks), share, r)
+
+
+class LayerShardedOptimizer:
+    """The optimizer of all adapters.  Construct and ``step`` on every rank; the adapters must be equal on all.
+
+    From construction on each adapter parameter is a view of one flat working buffer, and its gradients leave ``.grad``
+    for the flat fp32 send buffer as backward produces them.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], config: OptimConfig):
+        self.config = config
+        self.names = [adapter.target.name for adapter in adapters]
+        first = adapters[0].A
+        self.layout = make_layout([a.target for a in adapters], first.shape[0], comm.world_size())
+        size = self.layout.share * comm.world_size()
+        self.working = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.send = torch.zeros(size, dtype=torch.float32, device=first.device)
+        self.arrived: set[tuple[int, str]] = set()
+        sends = self.layout.views(self.send)
+        for i, (working_A, working_B) in self.layout.views(self.working).items():
+            for side, parameter, working, send in (
+                ("A", adapters[i].A, working_A, sends[i][0]),
+                ("B", adapters[i].B, working_B, sends[i][1]),
+            ):
+                working.copy_(parameter.detach())
+                parameter.data = working
+                parameter.register_post_accumulate_grad_hook(self._accumulate(i, side, send))
+        own = slice(hierarchy.slot() * self.layout.share, (hierarchy.slot() + 1) * self.layout.share)
+        self.own_working = self.working[own]
+        self.masters = self.own_working.float()
+        adamw = config.name == "adamw"
+        self.first = torch.zeros_like(self.masters) if adamw else None
+        self.second = torch.zeros_like(self.masters) if adamw else None
+        self.steps = 0
+        self.checked = False
+
+    def _accumulate(self, target: int, side: str, send: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None, "the hook runs when the gradient has arrived"
+            send.add_(parameter.grad)
+            parameter.grad = None
+            self.arrived.add((target, side))
+
+        return hook
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Reduce, clip, precondition, update, share.  Collective.
+
+        Args:
+            lr: of lora_A; lora_B's is ``lr_ratio_b`` times it.
+
+        Returns:
+            Global norm of the raw gradient, before clipping.
+
+        Raises:
+            NonFiniteError: on all ranks, naming the layers; nothing was updated.
+            RankError: on all ranks, naming the layer, if in the first step with lr > 0 a gradient is missing, or zero
+                where its partner is not.
+        """
+        grads = hierarchy.reduce_scatter(self.send)
+        self.send.zero_()
+        norm = self._global_norm(grads)
+        if not math.isfinite(norm):
+            # An fp64 norm of finite fp32 elements cannot overflow: some element is not finite.
+            named = comm.all_gather_object(self._name_non_finite(grads))
+            raise NonFiniteError([name for names in named for name in names], self.steps + 1)
+        if lr > 0 and not self.checked:
+            with comm.all_or_none("checking the first gradient"):
+                self._check_first(grads)
+            self.checked = True
+        if self.config.max_grad_norm > 0:
+            grads.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))  # 1e-6 as torch.clip_grad_norm_
+        self.steps += 1
+        with comm.all_or_none("updating the adapters"):
+            self._update(grads, lr)
+        self._share()
+        self.arrived.clear()
+        return norm
+
+    def take_non_finite(self) -> list[str]:
+        """Names of this rank's own gradients so far that are not finite; forgets all so far.  Not collective."""
+        named = [
+            f"lora_{side} of {self.names[i]}"
+            for i, pair in sorted(self.layout.views(self.send).items())
+            for side, grad in zip("AB", pair, strict=True)
+            if not bool(grad.isfinite().all())
+        ]
+        self.send.zero_()
+        return named
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's fp32 masters and moments by name, as views; all ranks' are the whole.  Not collective."""
+        return {
+            f"{self.names[i]}.lora_{side}.{kind}": tensor
+            for kind, flat in self._kinds()
+            for block in self._own_blocks()
+            for side, stacked in zip("AB", block.split(flat, self.layout.r), strict=True)
+            for i, tensor in zip(block.targets, stacked, strict=True)
+        }
+
+    def _kinds(self) -> list[tuple[str, torch.Tensor]]:
+        """What is kept of each parameter, by the names that torch's AdamW has for it."""
+        kinds = (("master", self.masters), ("exp_avg", self.first), ("exp_avg_sq", self.second))
+        return [(kind, flat) for kind, flat in kinds if flat is not None]
+
+    @torch.no_grad()
+    def resume(self, steps: int) -> None:
+        """Go on after ``steps`` steps, now that :meth:`state` was filled: share the working copies.  Collective."""
+        self.steps, self.checked = steps, steps > 0
+        self._share()
+
+    def _share(self) -> None:
+        self.own_working.copy_(self.masters)
+        hierarchy.all_gather(self.working, self.own_working.clone())
+
+    @staticmethod
+    def _global_norm(grads: torch.Tensor) -> float:
+        squares = comm.all_gather_floats(spectral.frobenius_norm(grads) ** 2)
+        return math.sqrt(math.fsum(squares))  # exact: who owns what must not change the last bit
+
+    def _own_blocks(self) -> Iterator[Block]:
+        return (block for block in self.layout.blocks if block.owner == hierarchy.slot())
+
+    def _update(self, grads: torch.Tensor, lr: float) -> None:
+        config = self.config
+        for block in self._own_blocks():
+            A, B = block.split(self.masters, self.layout.r)
+            pair = block.split(grads, self.layout.r)
+            if config.preconditioner == "riemannian":
+                pair = precondition(A, B, *pair, config.damping)
+            for side, (parameter, grad) in enumerate(zip((A, B), pair, strict=True)):
+                rate = lr * (config.lr_ratio_b if side else 1.0)
+                if self.first is None or self.second is None:
+                    sgd_(parameter, grad, rate, config.weight_decay)
+                    continue
+                first = block.split(self.first, self.layout.r)[side]
+                second = block.split(self.second, self.layout.r)[side]
+                adamw_(
+                    parameter,
+                    grad,
+                    first,
+                    second,
+                    self.steps,
+                    rate,
+                    config.betas,
+                    config.eps,
+                    config.weight_decay,
+                )
+
+    def _name_non_finite(self, grads: torch.Tensor) -> list[str]:
+        return [
+            f"lora_{side} of {self.names[i]}"
+            for block in self._own_blocks()
+            for side, stacked in zip("AB", block.split(grads, self.layout.r), strict=True)
+            for i, grad in zip(block.targets, stacked, strict=True)
+            if not bool(grad.isfinite().all())
+        ]
+
+    def _check_first(self, grads: torch.Tensor) -> None:
+        for i, name in enumerate(self.names):
+            for side in "AB":
+                if (i, side) not in self.arrived:
+                    raise OptimizerError(f"lora_{side} of {name} got no gradient in backward: it would never train.")
+        for block in self._own_blocks():
+            values = block.split(self.masters, self.layout.r)
+            for side, stacked, partners in zip("AB", block.split(grads, self.layout.r), values[::-1], strict=True):
+                for i, grad, partner in zip(block.targets, stacked, partners, strict=True):
+                    if not bool(grad.any()) and bool(partner.any()):
+                        raise OptimizerError(
+                            f"gradient of lora_{side} of {self.names[i]} is zero though its partner is not: it would "
+                            "never train. Check that the layer runs and that the batch has target tokens."
+                        )

@@ -1,0 +1,88 @@
+"""Reading slices of safetensors files, and the ZeRO JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_one_dist.base import sharding
+from lora_one_dist.base.blocks import blocks
+from lora_one_dist.disk import weights
+from tests import models
+from tests.disk import test_weights
+from tests.ranks import run_ranks
+
+tensors = test_weights.tensors
+
+
+@pytest.mark.parametrize("slab_bytes", [4, 44, 16 * 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slabs_and_casts(dtype, slab_bytes, tensors, monkeypatch):
+    values, path = tensors
+    monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
+    parameter = torch.nn.Parameter(torch.zeros(37, 11, dtype=dtype), requires_grad=False)
+    with path.open("rb") as file:
+        sharding._read_own(parameter, weights.read_header(path)["matrix"], file)
+    assert torch.equal(parameter, values["matrix"].to(dtype))
+
+
+def test_a_file_that_shrinks_is_noticed(tensors):
+    _, path = tensors
+    source = weights.read_header(path)["matrix"]
+    path.write_bytes(path.read_bytes()[: source.offset + 8])
+    with path.open("rb") as file, pytest.raises(weights.WeightsError, match="ended early"):
+        sharding._read_own(torch.nn.Parameter(torch.zeros(37, 11), requires_grad=False), source, file)
+
+
+@pytest.mark.parametrize("slab_bytes", [44, 16 * 2**20])
+def test_add_low_rank_on_a_whole_weight(slab_bytes, monkeypatch):
+    monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
+    generator = torch.Generator().manual_seed(1)
+    W, B, A = (torch.randn(*shape, generator=generator) for shape in ((37, 11), (37, 3), (3, 11)))
+    weight = torch.nn.Parameter(W.bfloat16(), requires_grad=False)
+    before = weight.detach().float().clone()
+    squared_error = sharding.add_low_rank(weight, B, A, -0.5)
+    exact = before - 0.5 * B @ A
+    assert torch.equal(weight, exact.bfloat16())
+    assert squared_error == pytest.approx(float((exact.bfloat16().float() - exact).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted(Path("ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_policies_hold_memory_policy_only(path):
+    policy = json.loads(path.read_text())
+    assert set(policy) == {"zero_optimization"}
+    full = sharding.deepspeed_config(policy, "bf16", 3)
+    assert full["bf16"] == {"enabled": True}
+    assert full["train_micro_batch_size_per_gpu"] == 3
+    assert policy == json.loads(path.read_text()), "the policy itself is left alone"
+
+
+def test_a_whole_block_is_fetched_ahead_unless_the_json_says_otherwise():
+    found = sharding.with_fetch_sizes({"stage": 3, "stage3_max_reuse_distance": 100}, 1000)
+    assert found["stage3_prefetch_bucket_size"] == 1000
+    assert found["stage3_max_live_parameters"] >= 100 + 2 * 1000, "room for what is kept, at work and fetched ahead"
+    given = {"stage": 3, "stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": 8}
+    assert sharding.with_fetch_sizes(given, 1000) == given
+
+
+def released_as_a_whole(folder, limit):
+    """Runs on a rank: which blocks DeepSpeed treats as one, and what it was told."""
+    from tests.initialise.test_gradient import load_base
+
+    more = {} if limit is None else {"stage3_max_live_parameters": limit}
+    base, _ = load_base(folder, "zero3", **more)
+    coordinator = base.engine.optimizer.get_param_coordinator()
+    fetched = coordinator._PartitionedParameterCoordinator__prefetch_bucket_sz
+    return [block._z3_leaf for block in blocks(base.module)], fetched
+
+
+def test_blocks_above_the_limit_of_the_json_are_gathered_part_by_part(model_folder):
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(models.llama())]
+    whole, fetched = run_ranks(2, released_as_a_whole, model_folder("llama"), None)[0]
+    assert whole == [True] * 4
+    assert fetched == max(sizes)
+    parts, _ = run_ranks(2, released_as_a_whole, model_folder("llama"), max(sizes) - 1)[0]
+    assert parts == [False] * 4

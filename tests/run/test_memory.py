@@ -1,0 +1,109 @@
+"""Peak memory of the load and of the gradient phase on a model of over 300 M parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests import models
+from tests.ranks import run_ranks
+from tools.bench.tensor_bytes import TensorBytes, host_bytes, reset_host_peak
+
+HIDDEN, INTERMEDIATE, LAYERS, WORDS, TOKENS = 1024, 2816, 26, 4096, 32
+MIB = 2**20
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            max_position_embeddings=128,
+        )
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) > 300e6
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder, max_shard_size="400MB")
+    return folder
+
+
+def config_of(folder: Path, groups: int, halves: bool, zero_json: Path) -> dict:
+    data = zero_json.with_name("train.jsonl")
+    data.write_text(json.dumps({"text": "w3"}), encoding="utf-8")  # checked to be there; the samples are made below
+    return {
+        "model": {"path": str(folder), "dtype": "fp32"},
+        "data": {"train": str(data), "format": "text", "max_length": TOKENS},
+        "lora": {"r": 8},
+        "init": {"num_samples": 8, "layer_groups": groups, "halves": halves},
+        "train": {"max_steps": 0, "micro_batch_size": 1},
+        "deepspeed": {"config": str(zero_json)},
+        "output_dir": "none",
+    }
+
+
+def load_and_differentiate(raw: dict):
+    """Runs on a rank: host peak of the load over its own shard, tensor peak of the gradient phase, and its terms."""
+    from lora_one_dist.base import loading
+    from lora_one_dist.cluster import comm
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.initialise import gradient, pairs
+    from lora_one_dist.plan.prediction import predict
+    from lora_one_dist.plan.shape import Cluster, shape_of
+
+    settings = parse_config(raw)
+    plan = loading.plan(Path(settings.model.path), settings.model, settings.lora, 8)
+    shape = shape_of(plan.skeleton, plan.targets, 100_000)
+    cluster = Cluster(1, comm.world_size(), backend="gloo")
+    terms = predict(shape, settings, cluster).memory["gradient"]
+    reset_host_peak()
+    before = host_bytes("VmRSS")
+    base = loading.load(settings.model, settings.deepspeed, plan, 1)
+    load_peak = host_bytes() - before
+    parameters = list(base.module.parameters())
+    shard = 4 * sum(p.ds_tensor.numel() for p in parameters)
+
+    samples = [{"input_ids": s["input_ids"] * 8, "labels": s["labels"] * 8} for s in models.samples(8)]
+    samples = [{key: value[:TOKENS] for key, value in sample.items()} for sample in samples]
+    batch = gradient.deal_micro_batches(samples, 1, "token", 2 if settings.init.halves else 1, 0)
+    held = [p.ds_tensor for p in parameters] + [p.data for p in parameters] + list(base.module.buffers())
+    peaks = []
+
+    @contextlib.contextmanager
+    def phase(name: str):
+        counted.peak = counted.live
+        yield
+        if name == "gradient":
+            peaks.append(counted.peak)
+
+    with TensorBytes(held) as counted:
+        pairs.initial_pairs(base, plan.targets, settings, batch, phase=phase)
+    return load_peak, shard, max(peaks), terms
+
+
+@pytest.mark.parametrize(("world_size", "groups", "parts"), [(2, 1, 1), (2, 3, 2), (4, 1, 2), (4, 3, 1)])
+def test_peak_memory(world_size, groups, parts, large_folder, tmp_path):
+    zero = {"stage3_max_reuse_distance": 0}
+    stock = json.loads(Path("ds_configs/zero3.json").read_text())["zero_optimization"]
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {**stock, **zero}}))
+    raw = config_of(large_folder, groups, parts == 2, tmp_path / "zero.json")
+    for rank, (load_peak, shard, peak, terms) in enumerate(run_ranks(world_size, load_and_differentiate, raw)):
+        named = sum(terms.values())
+        print(f"{world_size} ranks, {groups} groups, {parts} parts, rank {rank}, MiB:")
+        print(f"  load: peak {load_peak / MIB:.0f}, own shard {shard / MIB:.0f}, ratio {load_peak / shard:.2f}")
+        print(f"  gradient: peak {peak / MIB:.0f}, named {named / MIB:.0f}, ratio {peak / named:.2f}")
+        print("  terms: " + ", ".join(f"{name} {value / MIB:.0f}" for name, value in terms.items()))
+        assert load_peak <= 1.3 * shard
+        assert 0.9 * named <= peak <= 1.1 * named, "the terms say what there is: no less, and no more"
