@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -22,6 +24,7 @@ from transformers import (
 from tests import ranks
 
 VOCABULARY = 300  # padded to 384, 512, 512 at TP 1, 2, 4
+IDS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -61,20 +64,77 @@ def save(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
-def run(peer: str, checkpoints: list[Path], out: Path, tp: int, pp: int) -> torch.Tensor:
-    """A script of tests/peers on ranks of its own; returns the tokens that it saw."""
-    out.mkdir()
-    ids = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-    torch.save(ids, out / "ids.pt")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(tp * pp), "--master_addr", "127.0.0.1"]
-    script = [f"tests/peers/{peer}.py", *map(str, checkpoints), str(out / "ids.pt"), str(out), str(tp), str(pp)]
-    with (out / "log").open("w") as log:  # no pipe: processes of Megatron's that outlive a failure would keep it open
-        done = subprocess.run(
-            [sys.executable, *launcher, "--master_port", str(ranks.free_port()), *script],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            timeout=240,
-        )
-    assert done.returncode == 0, (out / "log").read_text()[-3000:]
-    return ids
+class Jobs:
+    """What a script of tests/peers makes of a test's cases: one job of ranks goes through those of a TP and PP.
+
+    Args:
+        peer: name of the script.
+        test: the parametrised test; of its cases, those that the session runs go into the jobs.
+        prepare: called with a case's parameters and an empty folder; returns the checkpoints that the script gets.
+        root: empty folder, in which each case gets one.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        test: Callable[..., None],
+        prepare: Callable[..., list[Path]],
+        session: pytest.Session,
+        root: Path,
+    ) -> None:
+        self.peer, self.prepare, self.root = peer, prepare, root
+        items = [item for item in session.items if getattr(item, "function", None) is test]
+        self.cases = {item.callspec.id: item.callspec.params for item in items}
+        self.outcomes: dict[str, Path | Exception] = {}
+
+    def out(self, case: str) -> Path:
+        """The folder that the script wrote for a case, by the case's id.  Raises what went wrong with that case."""
+        if case not in self.outcomes:
+            self._run(self.cases[case]["tp"], self.cases[case]["pp"])
+        outcome = self.outcomes[case]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _run(self, tp: int, pp: int) -> None:
+        """All cases of a TP and PP.  One that fails ends the job; another job goes on with those after it."""
+        checkpoints = {}
+        for case, parameters in self.cases.items():
+            if (parameters["tp"], parameters["pp"]) == (tp, pp):
+                (self.root / case / "out").mkdir(parents=True)
+                try:
+                    checkpoints[case] = self.prepare(**parameters, folder=self.root / case)
+                except Exception as error:
+                    self.outcomes[case] = error
+        waiting = list(checkpoints)
+        while waiting:
+            error = self._launch({case: checkpoints[case] for case in waiting}, tp, pp)
+            done = sum((self.root / case / "out" / "done").exists() for case in waiting)
+            passed = min(done, len(waiting) - 1) if error else len(waiting)  # an error after the last is the last's
+            self.outcomes |= {case: self.root / case / "out" for case in waiting[:passed]}
+            self.outcomes |= {case: AssertionError(error) for case in waiting[passed : passed + 1]}
+            waiting = waiting[passed + 1 :]
+
+    def _launch(self, checkpoints: dict[str, list[Path]], tp: int, pp: int) -> str:
+        """One job, case after case; returns the end of its output if it failed."""
+        folder = self.root / next(iter(checkpoints))
+        torch.save(IDS, folder / "ids.pt")
+        script = [f"tests/peers/{self.peer}.py", folder / "ids.pt", tp, pp]
+        for case, given in checkpoints.items():
+            script += [*given, self.root / case / "out"]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", tp * pp, "--master_addr", "127.0.0.1"]
+        command = [sys.executable, *launcher, "--master_port", ranks.free_port(), *script]
+        with (
+            (folder / "log").open("w") as log,  # no pipe: processes of Megatron's that outlive a failure would keep it
+            subprocess.Popen(
+                [str(word) for word in command],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            ) as job,
+        ):
+            try:
+                job.wait(240 + 20 * len(checkpoints))
+            except subprocess.TimeoutExpired:
+                job.terminate()  # the launcher then ends its ranks
+        return "" if job.returncode == 0 else f"exit code {job.returncode}\n{(folder / 'log').read_text()[-3000:]}"

@@ -147,7 +147,7 @@ def initialise_group(
     matrices: list[dict[str, torch.Tensor]] = []
     if method in GRADIENT_METHODS:
         with phase("gradient"):
-            matrices, result.loss = _gradients(base, group, config, batch, progress)
+            matrices, result.loss = gradients(base, group, config, batch, progress)
     elif method == "pissa":
         with phase("gather weights"):
             matrices = [_weights(base, group, config.init.buffer)]
@@ -166,7 +166,7 @@ def initialise_group(
     return result
 
 
-def _gradients(
+def gradients(
     base: Base, group: LayerGroup, config: Config, batch: Sequence[Sequence[MicroBatch]], progress: Progress
 ) -> tuple[list[dict[str, torch.Tensor]], float]:
     """Owned gradients of each part of the batch, and the loss of the whole."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lora_one_dist.convert import compare, files, megatron, megatron_files, megatron_model
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor
 from tests import tool
-from tests.megatron import FAMILIES, VOCABULARY, run, save
+from tests.megatron import FAMILIES, IDS, VOCABULARY, Jobs, save
 
 DTYPES = {"llama2": torch.float16, "llama3": torch.bfloat16, "mistral": torch.bfloat16}
 PARALLEL = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2)]
@@ -84,29 +84,37 @@ def test_layout_of_the_fused_tensors(hf, tmp_path):
 
 
 def once(family: str, tp: int, pp: int):
-    """The default suite runs one of these: each takes 10 s of imports."""
+    """The default suite runs one of these: a job of each TP and PP takes 10 s of imports."""
     return pytest.param(family, tp, pp, marks=[] if (family, tp, pp) == ("qwen3", 2, 1) else pytest.mark.full)
+
+
+@pytest.fixture(scope="module")
+def jobs(hf, request, tmp_path_factory):
+    def checkpoints(family: str, tp: int, pp: int, folder: Path) -> list[Path]:
+        return [converted(hf(family), folder / "megatron", tp, pp) / "release"]
+
+    root = tmp_path_factory.mktemp("jobs")
+    return Jobs("megatron_gpt", test_megatron_computes_the_same, checkpoints, request.session, root)
 
 
 @pytest.mark.parametrize(
     ("family", "tp", "pp"),
     [once(family, tp, 1) for family in FAMILIES for tp in (1, 2)] + [once("llama3", 1, 2), once("qwen3", 2, 2)],
 )
-def test_megatron_computes_the_same(family, tp, pp, hf, tmp_path):
+def test_megatron_computes_the_same(family, tp, pp, hf, jobs, request, tmp_path):
     """Megatron-core loads what we wrote, strictly; its logits are transformers', and what it saves we read."""
     source = hf(family)
-    checkpoint = converted(source, tmp_path / "megatron", tp, pp)
-    ids = run("megatron_gpt", [checkpoint / "release"], tmp_path / "out", tp, pp)
+    out = jobs.out(request.node.callspec.id)
     if pp == 1:
         with torch.no_grad():
-            expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits
-        logits = torch.load(tmp_path / "out" / "logits.pt")
+            expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(IDS).logits
+        logits = torch.load(out / "logits.pt")
         assert logits.shape[-1] == {1: 384, 2: 512}[tp]
         assert expected.abs().max() > 1, "too small to tell a wrong layout from rounding"
         torch.testing.assert_close(logits[..., :VOCABULARY], expected, rtol=0, atol=1e-4)  # fp32, other order of sums
         apart = (logits[..., :VOCABULARY] - expected).abs().max()
         print(f"{family} TP {tp}: logits differ from transformers' by {apart:.2g}")
-    assert same(source, back(tmp_path / "out" / "saved", tmp_path / "hf", source))
+    assert same(source, back(out / "saved", tmp_path / "hf", source))
 
 
 def without(folder: Path, ending: str) -> None:

@@ -16,7 +16,7 @@ from lora_one_dist.adapters import peft_format
 from lora_one_dist.convert import compare, files, megatron, megatron_files, megatron_lora, megatron_model
 from lora_one_dist.disk.lazy import ConversionError
 from tests import tool
-from tests.megatron import VOCABULARY, run, save
+from tests.megatron import IDS, VOCABULARY, Jobs, save
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
@@ -144,8 +144,19 @@ def test_names_and_shapes_are_bridges(form, folders):
 
 
 def case(name: str, form: str, tp: int, pp: int = 1, family: str = "llama3"):
-    """Each takes 10 s of imports."""
+    """A job of each TP and PP takes 10 s of imports."""
     return pytest.param(name, form, tp, pp, family, marks=pytest.mark.full)
+
+
+@pytest.fixture(scope="module")
+def jobs(folders, request, tmp_path_factory):
+    def checkpoints(name: str, form: str, tp: int, pp: int, family: str, folder: Path) -> list[Path]:
+        base, adapter = folders(name, family)
+        megatron_model.run_to_megatron(megatron_model.plan_to_megatron(base, tp, pp), folder / "base")
+        return [folder / "base" / "release", there(adapter, base, folder / "megatron", tp, pp, form) / "release"]
+
+    root = tmp_path_factory.mktemp("jobs")
+    return Jobs("megatron_bridge", test_bridge_computes_the_same, checkpoints, request.session, root)
 
 
 @pytest.mark.parametrize(
@@ -154,27 +165,25 @@ def case(name: str, form: str, tp: int, pp: int = 1, family: str = "llama3"):
     + [case("shared", "fused", 2), case("scales", "canonical", 2), case("rslora", "canonical", 2)]
     + [case("all", "canonical", 2, 2), case("all", "canonical", 2, family="qwen3")],
 )
-def test_bridge_computes_the_same(name, form, tp, pp, family, folders, tmp_path):
+def test_bridge_computes_the_same(name, form, tp, pp, family, folders, jobs, request, tmp_path):
     """Bridge's classes load what we wrote; their logits are PEFT's, merged or not, and what they save we read."""
     base, adapter = folders(name, family)
-    megatron_model.run_to_megatron(megatron_model.plan_to_megatron(base, tp, pp), tmp_path / "base")
-    checkpoint = there(adapter, base, tmp_path / "megatron", tp, pp, form)
-    ids = run("megatron_bridge", [tmp_path / "base" / "release", checkpoint / "release"], tmp_path / "out", tp, pp)
+    out = jobs.out(request.node.callspec.id)
     if pp == 1:
         plain = AutoModelForCausalLM.from_pretrained(base)
         with torch.no_grad():
-            without = plain(ids).logits
+            without = plain(IDS).logits
             model = PeftModel.from_pretrained(plain, adapter)
-            expected = model(ids).logits
-            merged = model.merge_and_unload()(ids).logits
-        logits = torch.load(tmp_path / "out" / "logits.pt")[..., :VOCABULARY]
+            expected = model(IDS).logits
+            merged = model.merge_and_unload()(IDS).logits
+        logits = torch.load(out / "logits.pt")[..., :VOCABULARY]
         assert (expected - without).abs().max() > 0.1, "the adapter does nothing that could be seen"
         for wanted in (expected, merged):
             torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)  # fp32, other order of sums
         print(f"{name} {form} TP {tp}: logits differ from PEFT's by {(logits - expected).abs().max():.2g}")
     shutil.copy(adapter / peft_format.CONFIG, base)
     try:
-        returned = back(tmp_path / "out" / "saved", tmp_path / "peft", base)
+        returned = back(out / "saved", tmp_path / "peft", base)
     finally:
         (base / peft_format.CONFIG).unlink()
     if name == "scales":

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.full
 SECONDS = 60
 LAUNCHERS = [("pdsh", 2, 2), ("sbatch", 4, 1), ("mpirun", 4, 1), ("torchrun-c10d", 2, 2)]
 WITHOUT_A_WORD = "its process ended without a word"
-UNREACHABLE = r"it cannot be reached for 20 s \(host down, or network cut"
+LOST_AFTER = 6  # seconds: of 20 by default the tests would wait for most
+UNREACHABLE = rf"it cannot be reached for {LOST_AFTER} s \(host down, or network cut"
 
 
 def first_error(job: jobs.Job) -> str:
@@ -31,7 +32,9 @@ def test_job_ends_and_says_whose_fault_it_was(launcher, count, slots, fault, fre
     hosts, out = fresh_hosts, tmp_path / "run"
     if launcher == "sbatch":
         hosts.start_slurm()
-    job = jobs.start(hosts, launcher, count, slots, out, "train.max_steps=3000")
+    job = jobs.start(
+        hosts, launcher, count, slots, out, "train.max_steps=3000", f"comm.lost_after_seconds={LOST_AFTER}"
+    )
     try:
         jobs.wait_for_steps(job, out / "metrics.jsonl", 2)
         victim = count  # the last host

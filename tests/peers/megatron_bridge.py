@@ -1,17 +1,18 @@
 """Megatron-Bridge's own LoRA classes on megatron-core's GPTModel, on CPU ranks.
 
-    torchrun --nproc_per_node TP*PP tests/peers/megatron_bridge.py BASE ADAPTER IDS.pt OUT TP PP
+    torchrun --nproc_per_node TP*PP tests/peers/megatron_bridge.py IDS.pt TP PP BASE ADAPTER OUT [BASE ADAPTER OUT ...]
     python -m tests.peers.megatron_bridge BASE COMMIT > tests/fixtures/megatron_bridge_lora.json
 
-The first loads a converted base and a converted adapter as Bridge does; rank 0 writes OUT/logits.pt (PP 1 only), and
-all ranks save the adapter to OUT/saved.  The second lists the names and whole shapes of the adapters that Bridge puts
-on a base.  MEGATRON_BRIDGE names a checkout's src folder; without it the installed package is taken.  Bridge's package
-imports Transformer Engine and much else that a CPU cannot install and LoRA on these models does not use: only its
-peft modules are imported, over stand-ins.
+The first loads converted bases and converted adapters as Bridge does, one pair after the other; rank 0 writes
+OUT/logits.pt (PP 1 only), all ranks save the adapter to OUT/saved, and when all have, there is a file OUT/done.  The
+second lists the names and whole shapes of the adapters that Bridge puts on a base.  MEGATRON_BRIDGE names a checkout's
+src folder; without it the installed package is taken.  Bridge's package imports Transformer Engine and much else that a
+CPU cannot install and LoRA on these models does not use: only its peft modules are imported, over stand-ins.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.core import _rank_utils, dist_checkpointing, parallel_state
+from megatron.core import _rank_utils, dist_checkpointing
 from megatron.core.extensions import transformer_engine as core_engine  # before the stand-ins
 from megatron.core.models.gpt import GPTModel
 
@@ -52,6 +53,7 @@ def bridge_folder() -> Path:
     return Path(str(spec.origin)).parent
 
 
+@functools.cache
 def bridge_classes() -> dict[str, Any]:
     """Bridge's LoRA classes by their full names."""
     folder = bridge_folder()
@@ -85,19 +87,8 @@ def sharded_adapters(model: Any, metadata: Any) -> dict[str, Any]:
     return {name: t for name, t in sharded.items() if ".adapter." in name and "_extra_state" not in name}
 
 
-def base_model(checkpoint: str, tp: int, pp: int) -> tuple[GPTModel, Any]:
-    parallel_state.initialize_model_parallel(tp, pp)
-    common = dist_checkpointing.load_common_state_dict(checkpoint)
-    gpt = megatron_gpt.model(common["args"], tp, pp).eval()
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
-    loaded = dist_checkpointing.load(gpt.sharded_state_dict(metadata=metadata), checkpoint)
-    gpt.load_state_dict({name: value for name, value in loaded.items() if name not in common}, strict=True)
-    return gpt, metadata
-
-
-def train(base: str, adapter: str, ids_file: str, out: str, tp: int, pp: int) -> None:
-    dist.init_process_group("gloo")
-    gpt, metadata = base_model(base, tp, pp)
+def check(base: str, adapter: str, out: str, ids: torch.Tensor, tp: int, pp: int) -> None:
+    gpt, metadata = megatron_gpt.load(base, tp, pp)
     run_config = yaml.safe_load((Path(adapter) / "run_config.yaml").read_text())
     model = adapted(gpt, run_config)
     wanted = sharded_adapters(model, metadata)
@@ -105,18 +96,17 @@ def train(base: str, adapter: str, ids_file: str, out: str, tp: int, pp: int) ->
     done = model.load_state_dict({name: value for name, value in loaded.items() if name in wanted}, strict=False)
     assert not done.unexpected_keys, done.unexpected_keys
     assert not [name for name in done.missing_keys if ".adapter." in name], done.missing_keys
-    if pp == 1:
-        ids = torch.load(ids_file)
-        logits = megatron_gpt.logits(model, ids)
-        if dist.get_rank() == 0:
-            torch.save(logits, Path(out) / "logits.pt")
-    saved = Path(out) / "saved"
-    saved.mkdir(exist_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(sharded_adapters(model, metadata), str(saved))
+    megatron_gpt.compute(model, ids, out)
+    megatron_gpt.save(sharded_adapters(model, metadata), out)
     if dist.get_rank() == 0:
-        (saved / "run_config.yaml").write_text(yaml.safe_dump(run_config))
-    dist.barrier()
+        (Path(out) / "saved" / "run_config.yaml").write_text(yaml.safe_dump(run_config))
+
+
+def main(ids_file: str, tp: int, pp: int, *given: str) -> None:
+    megatron_gpt.start(tp, pp)
+    for base, adapter, out in zip(given[::3], given[1::3], given[2::3], strict=True):
+        check(base, adapter, out, torch.load(ids_file), tp, pp)
+        megatron_gpt.done(out)
 
 
 def shape_of(sharded: Any) -> list[int]:
@@ -127,11 +117,10 @@ def shape_of(sharded: Any) -> list[int]:
 def listed(base: str, commit: str) -> dict[str, Any]:
     """Names and shapes of the adapters of both classes on every linear layer, at rank 8."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo")
+    megatron_gpt.start(1, 1)
     found: dict[str, Any] = {"source": "NVIDIA-NeMo/Megatron-Bridge", "commit": commit, "dim": 8}
     for name, bridge_class in bridge_classes().items():
-        parallel_state.destroy_model_parallel()
-        gpt, metadata = base_model(base, 1, 1)
+        gpt, metadata = megatron_gpt.load(base, 1, 1)
         sharded = sharded_adapters(bridge_class(dim=8)(gpt, training=False), metadata)
         found[name] = {key: shape_of(t) for key, t in sharded.items()}
     return found
@@ -141,5 +130,5 @@ if __name__ == "__main__":  # Megatron's save starts processes that import this 
     if len(sys.argv) == 3:
         print(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(listed(*sys.argv[1:]), indent=1)))
     else:
-        train(*sys.argv[1:5], int(sys.argv[5]), int(sys.argv[6]))
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     dist.destroy_process_group()

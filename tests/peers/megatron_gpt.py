@@ -1,13 +1,15 @@
-"""Megatron-core's own GPTModel on CPU ranks: load our checkpoint, compute logits, save it again as Megatron does.
+"""Megatron-core's own GPTModel on CPU ranks: load our checkpoints, compute logits, save them again as Megatron does.
 
-    torchrun --nproc_per_node TP*PP tests/peers/megatron_gpt.py CHECKPOINT IDS.pt OUT TP PP
+    torchrun --nproc_per_node TP*PP tests/peers/megatron_gpt.py IDS.pt TP PP CHECKPOINT OUT [CHECKPOINT OUT ...]
 
-Rank 0 writes OUT/logits.pt (PP 1 only); all ranks save OUT/saved through Megatron's dist_checkpointing.
+Of each checkpoint, one after the other, rank 0 writes OUT/logits.pt (PP 1 only), all ranks save OUT/saved through
+Megatron's dist_checkpointing, and when all have, there is a file OUT/done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,27 +104,57 @@ def logits(gpt: Any, ids: torch.Tensor) -> torch.Tensor:
     return gpt(ids, positions, mask)
 
 
-def main(checkpoint: str, ids_file: str, out: str, tp: int, pp: int) -> None:
+def start(tp: int, pp: int) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tp, pp)
+
+
+def load(checkpoint: str, tp: int, pp: int) -> tuple[GPTModel, Any]:
+    """The model of a checkpoint, and what its tensors are saved with."""
+    torch.manual_seed(0)  # as if it were the first of the job
     common = dist_checkpointing.load_common_state_dict(checkpoint)
     gpt = model(common["args"], tp, pp).eval()
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     loaded = dist_checkpointing.load(gpt.sharded_state_dict(metadata=metadata), checkpoint)
-    loaded = {name: value for name, value in loaded.items() if name not in common}
-    gpt.load_state_dict(loaded, strict=True)
-    ids = torch.load(ids_file)
-    if pp == 1:
+    gpt.load_state_dict({name: value for name, value in loaded.items() if name not in common}, strict=True)
+    return gpt, metadata
+
+
+def compute(gpt: Any, ids: torch.Tensor, out: str) -> None:
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         computed = logits(gpt, ids)
         if dist.get_rank() == 0:
             torch.save(computed, Path(out) / "logits.pt")
+
+
+def save(sharded: dict[str, Any], out: str) -> None:
     saved = Path(out) / "saved"
     saved.mkdir(exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(gpt.sharded_state_dict(metadata=metadata), str(saved))
+    dist_checkpointing.save(sharded, str(saved))
+
+
+def done(out: str) -> None:
+    """Leave a sign that all ranks have come this far, and nothing of this model's to the next."""
     dist.barrier()
+    if dist.get_rank() == 0:
+        (Path(out) / "done").touch()
+    gc.collect()
+
+
+def check(checkpoint: str, out: str, ids: torch.Tensor, tp: int, pp: int) -> None:
+    gpt, metadata = load(checkpoint, tp, pp)
+    compute(gpt, ids, out)
+    save(gpt.sharded_state_dict(metadata=metadata), out)
+
+
+def main(ids_file: str, tp: int, pp: int, *given: str) -> None:
+    start(tp, pp)
+    for checkpoint, out in zip(given[::2], given[1::2], strict=True):
+        check(checkpoint, out, torch.load(ids_file), tp, pp)
+        done(out)
 
 
 if __name__ == "__main__":  # Megatron's save starts processes that import this file
-    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     dist.destroy_process_group()
