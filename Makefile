@@ -1,5 +1,6 @@
 # make demo       install, then fine-tune the small embedded model on all local GPUs, or on 2 CPU ranks
 # make test       the suite, without what takes long
+# make test-rest  what make test leaves out: CI runs both, each test once
 # make test-full  all of it; with SLURM, pdsh, sshd and Open MPI installed and as root, on four hosts too
 # make bench      short benchmarks against PEFT, the authors' recipe and HF Trainer; longer ones: tools/bench/README.md
 # make lint       style, import rules and types
@@ -17,9 +18,9 @@ LAUNCH := $(BIN)/deepspeed
 endif
 
 # Two processes: most tests wait for ranks of their own. A file's tests stay together, and so do those of the four hosts.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-full bench lint clean
+.PHONY: demo test test-rest test-full bench lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -27,6 +28,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not full"
+
+test-rest: $(INSTALLED)
+	$(PYTEST) -m full
 
 test-full: $(INSTALLED)
 	$(PYTEST)

@@ -25,10 +25,17 @@ HOSTS = ("hosts", "fresh_hosts")  # fixtures that take all of this machine's nam
 
 
 def pytest_collection_modifyitems(items):
-    """For --dist loadgroup: a file's tests share a process and what it has made, and so do all tests of four hosts."""
+    """For --dist loadgroup: a file's tests share a process and what it has made, and so do all tests of four hosts.
+
+    These come first: they take longest, and the other process does the rest meanwhile.
+    """
+    items.sort(key=lambda item: not _on_hosts(item))
     for item in items:
-        on_hosts = any(name in item.fixturenames for name in HOSTS)
-        item.add_marker(pytest.mark.xdist_group("hosts" if on_hosts else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group("hosts" if _on_hosts(item) else item.path.stem))
+
+
+def _on_hosts(item) -> bool:
+    return any(name in item.fixturenames for name in HOSTS)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +73,7 @@ class Jobs:
         peer: name of the script.
         test: the parametrised test; of its cases, those that the session runs go into the jobs.
         prepare: called with a case's parameters and an empty folder; returns the checkpoints that the script gets.
+        session: of pytest.
         root: empty folder, in which each case gets one.
     """
 
@@ -119,22 +122,23 @@ class Jobs:
         """One job, case after case; returns the end of its output if it failed."""
         folder = self.root / next(iter(checkpoints))
         torch.save(IDS, folder / "ids.pt")
-        script = [f"tests/peers/{self.peer}.py", folder / "ids.pt", tp, pp]
-        for case, given in checkpoints.items():
-            script += [*given, self.root / case / "out"]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", tp * pp, "--master_addr", "127.0.0.1"]
-        command = [sys.executable, *launcher, "--master_port", ranks.free_port(), *script]
-        with (
-            (folder / "log").open("w") as log,  # no pipe: processes of Megatron's that outlive a failure would keep it
-            subprocess.Popen(
-                [str(word) for word in command],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+        paths = [path for case, given in checkpoints.items() for path in (*given, self.root / case / "out")]
+        command = [sys.executable, "-c", f"from tests.peers.{self.peer} import main; main()"]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port()), "OMP_NUM_THREADS": "1"}
+        with (folder / "log").open("w") as log:
+            job = subprocess.Popen(
+                [*command, *map(str, [folder / "ids.pt", tp, pp, *paths])],
+                env={**os.environ, **where},
                 stdout=log,
                 stderr=log,
-            ) as job,
-        ):
+                start_new_session=True,
+            )
             try:
-                job.wait(240 + 20 * len(checkpoints))
+                job.wait(240)
             except subprocess.TimeoutExpired:
-                job.terminate()  # the launcher then ends its ranks
+                log.write("\nno end in 240 s")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)  # processes of Megatron's outlive a failure
+                job.wait()
         return "" if job.returncode == 0 else f"exit code {job.returncode}\n{(folder / 'log').read_text()[-3000:]}"

@@ -144,7 +144,7 @@ def test_names_and_shapes_are_bridges(form, folders):
 
 
 def case(name: str, form: str, tp: int, pp: int = 1, family: str = "llama3"):
-    """A job of each TP and PP takes 10 s of imports."""
+    """The job of each TP and PP takes seconds of imports."""
     return pytest.param(name, form, tp, pp, family, marks=pytest.mark.full)
 
 

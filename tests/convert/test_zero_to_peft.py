@@ -31,12 +31,11 @@ def saved(model_folder, tmp_path_factory):
     def at(world_size: int) -> Path:
         if world_size not in made:
             out = tmp_path_factory.mktemp("zero") / str(world_size)
-            script = ["tests/peers/zero_checkpoints.py", str(model_folder("llama")), str(out)]
-            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
-            where = ["--master_addr", "127.0.0.1", "--master_port", str(ranks.free_port())]
+            script = ["tests/peers/zero_checkpoints.py", str(world_size), str(model_folder("llama")), str(out)]
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
             env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(
-                [sys.executable, *launcher, *where, *script], env=env, capture_output=True, text=True, timeout=240
+                [sys.executable, *script], env={**env, **where}, capture_output=True, text=True, timeout=240
             )
             assert done.returncode == 0, done.stderr[-3000:]
             made[world_size] = out

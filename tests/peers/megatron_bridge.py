@@ -1,6 +1,6 @@
 """Megatron-Bridge's own LoRA classes on megatron-core's GPTModel, on CPU ranks.
 
-    torchrun --nproc_per_node TP*PP tests/peers/megatron_bridge.py IDS.pt TP PP BASE ADAPTER OUT [BASE ADAPTER OUT ...]
+    python -c "from tests.peers.megatron_bridge import main; main()" IDS.pt TP PP BASE ADAPTER OUT [BASE ...]
     python -m tests.peers.megatron_bridge BASE COMMIT > tests/fixtures/megatron_bridge_lora.json
 
 The first loads converted bases and converted adapters as Bridge does, one pair after the other; rank 0 writes
@@ -26,9 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron.core import _rank_utils, dist_checkpointing
 from megatron.core.extensions import transformer_engine as core_engine  # before the stand-ins
 from megatron.core.models.gpt import GPTModel
@@ -102,11 +99,8 @@ def check(base: str, adapter: str, out: str, ids: torch.Tensor, tp: int, pp: int
         (Path(out) / "saved" / "run_config.yaml").write_text(yaml.safe_dump(run_config))
 
 
-def main(ids_file: str, tp: int, pp: int, *given: str) -> None:
-    megatron_gpt.start(tp, pp)
-    for base, adapter, out in zip(given[::3], given[1::3], given[2::3], strict=True):
-        check(base, adapter, out, torch.load(ids_file), tp, pp)
-        megatron_gpt.done(out)
+def main() -> None:
+    megatron_gpt.run(check, 3)
 
 
 def shape_of(sharded: Any) -> list[int]:
@@ -126,9 +120,6 @@ def listed(base: str, commit: str) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":  # Megatron's save starts processes that import this file
-    if len(sys.argv) == 3:
-        print(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(listed(*sys.argv[1:]), indent=1)))
-    else:
-        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+if __name__ == "__main__":
+    print(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(listed(*sys.argv[1:]), indent=1)))
     dist.destroy_process_group()

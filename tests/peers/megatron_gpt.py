@@ -1,16 +1,20 @@
 """Megatron-core's own GPTModel on CPU ranks: load our checkpoints, compute logits, save them again as Megatron does.
 
-    torchrun --nproc_per_node TP*PP tests/peers/megatron_gpt.py IDS.pt TP PP CHECKPOINT OUT [CHECKPOINT OUT ...]
+    python -c "from tests.peers.megatron_gpt import main; main()" IDS.pt TP PP CHECKPOINT OUT [CHECKPOINT OUT ...]
 
 Of each checkpoint, one after the other, rank 0 writes OUT/logits.pt (PP 1 only), all ranks save OUT/saved through
-Megatron's dist_checkpointing, and when all have, there is a file OUT/done.
+Megatron's dist_checkpointing, and when all have, there is a file OUT/done.  MASTER_ADDR and MASTER_PORT say where the
+ranks meet.  Run without a script, because each rank's first save starts a process that would import the script and with
+it Megatron again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,27 +138,33 @@ def save(sharded: dict[str, Any], out: str) -> None:
     dist_checkpointing.save(sharded, str(saved))
 
 
-def done(out: str) -> None:
-    """Leave a sign that all ranks have come this far, and nothing of this model's to the next."""
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (Path(out) / "done").touch()
-    gc.collect()
-
-
 def check(checkpoint: str, out: str, ids: torch.Tensor, tp: int, pp: int) -> None:
     gpt, metadata = load(checkpoint, tp, pp)
     compute(gpt, ids, out)
     save(gpt.sharded_state_dict(metadata=metadata), out)
 
 
-def main(ids_file: str, tp: int, pp: int, *given: str) -> None:
+def rank(index: int, check: Callable[..., None], ids_file: str, tp: int, pp: int, cases: list[list[str]]) -> None:
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
     start(tp, pp)
-    for checkpoint, out in zip(given[::2], given[1::2], strict=True):
-        check(checkpoint, out, torch.load(ids_file), tp, pp)
-        done(out)
-
-
-if __name__ == "__main__":  # Megatron's save starts processes that import this file
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    for case in cases:
+        check(*case, torch.load(ids_file), tp, pp)
+        dist.barrier()
+        if index == 0:
+            (Path(case[-1]) / "done").touch()
+        gc.collect()  # nothing of this model's is left to the next
     dist.destroy_process_group()
+
+
+def run(check: Callable[..., None], paths: int) -> None:
+    """The command line, with so many paths a case, on ranks forked from here: nothing is imported twice."""
+    (ids_file, tp, pp), given = sys.argv[1:4], sys.argv[4:]
+    cases = [given[i : i + paths] for i in range(0, len(given), paths)]
+    world_size = int(tp) * int(pp)
+    os.environ["WORLD_SIZE"] = str(world_size)
+    arguments = (check, ids_file, int(tp), int(pp), cases)
+    torch.multiprocessing.start_processes(rank, arguments, world_size, start_method="fork")
+
+
+def main() -> None:
+    run(check, 2)

@@ -1,13 +1,15 @@
 """ZeRO-1, 2 and 3 checkpoints by HF Trainer + PEFT, and what the live adapters held.
 
-    torchrun --nproc_per_node N tests/peers/zero_checkpoints.py MODEL_FOLDER OUT
+    python tests/peers/zero_checkpoints.py N MODEL_FOLDER OUT
 
+on N ranks, which are forked once all is imported and meet at MASTER_ADDR and MASTER_PORT.
 Below OUT/stage-N: checkpoint-2 as the Trainer leaves it, plain/ as engine.save_checkpoint without frozen weights does,
 accelerate/ as Accelerate's save_state does, and live/: the adapter gathered from the model, in PEFT's format.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,13 @@ def train(folder: str, out: Path, stage: int) -> None:
     AcceleratorState._reset_state(True)  # or the next Trainer would take this one's ZeRO stage
 
 
+def rank(index: int, folder: str, out: str) -> None:
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index)}
+    for stage in LORA:
+        train(folder, Path(out) / f"stage-{stage}", stage)
+
+
 if __name__ == "__main__":
-    for zero_stage in LORA:
-        train(sys.argv[1], Path(sys.argv[2]) / f"stage-{zero_stage}", zero_stage)
+    number, *where = sys.argv[1:]
+    os.environ |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    torch.multiprocessing.start_processes(rank, where, int(number), start_method="fork")
