@@ -18,7 +18,15 @@ from typing import Any
 
 TIMEOUT_SECONDS = 240
 RENDEZVOUS_SECONDS = 20  # of commands: no launcher ends those that wait for one that died
-PRELOAD = ["tests.ranks", "lora_one_dist.run.story", "tests.models"]
+# Also the tests whose functions ranks run, which each of them would import anew to find them.
+PRELOAD = [
+    *("tests.ranks", "lora_one_dist.run.story", "tests.models", "tests.runs"),
+    *(f"tests.{name}" for name in ("cluster.test_comm", "cluster.test_hierarchy", "cluster.test_meeting")),
+    *(f"tests.{name}" for name in ("base.test_loading", "initialise.test_gradient", "initialise.test_pairs")),
+    *(f"tests.{name}" for name in ("train.test_optim", "data.test_packing", "kill_harness", "run.test_story")),
+    *(f"tests.{name}" for name in ("run.test_resume", "run.test_disks", "run.test_memory")),
+    "tests.frozen",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

@@ -546,7 +546,7 @@ def test_hosts_that_agree_over_ssh(ssh):
 
 
 def test_each_host_that_cannot_be_asked_is_named_with_what_is_in_the_way(ssh, monkeypatch):
-    monkeypatch.setattr(over_ssh_to, "SSH_SECONDS", 5)
+    monkeypatch.setattr(over_ssh_to, "SSH_SECONDS", 2)
     addresses = {"refused": "127.0.0.1", "localhost": "127.0.0.1"}
 
     def address(name):
@@ -561,7 +561,7 @@ def test_each_host_that_cannot_be_asked_is_named_with_what_is_in_the_way(ssh, mo
     assert code == 1
     refused, deaf, bare, nowhere = faults[:4]
     assert refused.startswith("refused: ssh fails (root@refused: Permission denied (publickey)). Try: ssh -o BatchMode")
-    assert deaf.startswith("deaf has not answered in 5 s.")
+    assert deaf.startswith("deaf has not answered in 2 s.")
     assert bare.startswith(f"bare cannot run {sys.executable}: env: 'python': No such file or directory. Make the same")
     assert nowhere.startswith("nowhere cannot be resolved here ([Errno -2] Name or service not known). Add it to")
     assert "\none\n" in said, "the other host was asked all the same"

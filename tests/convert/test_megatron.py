@@ -85,7 +85,7 @@ def test_layout_of_the_fused_tensors(hf, tmp_path):
 
 def once(family: str, tp: int, pp: int):
     """The default suite runs one of these: the job of each TP and PP takes seconds of imports."""
-    return pytest.param(family, tp, pp, marks=[] if (family, tp, pp) == ("qwen3", 2, 1) else pytest.mark.full)
+    return pytest.param(family, tp, pp, marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module")

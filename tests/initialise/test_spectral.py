@@ -67,6 +67,7 @@ def test_pissa_is_the_best_rank_r_part(case):
     assert relative(2.5 * B0 @ A0, (U[:, :r] * S[:r]) @ Vh[:r]) <= TOLERANCE
 
 
+@pytest.mark.full
 def test_large_gradient_at_rank_64():
     G = matrix(2048, 2048, 0.7, seed=3)
     U, S, Vh = exact(G)
