@@ -17,23 +17,21 @@ else
 LAUNCH := $(BIN)/deepspeed
 endif
 
-# Two processes: most tests wait for ranks of their own. A file's tests stay together, and so do those of the four hosts.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
-
 .PHONY: demo test test-rest test-full bench lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(LAUNCH) launch/train.py --config launch/configs/demo.yaml
 
+# Two processes, each with whole files: most tests wait for ranks of their own.
 test: $(INSTALLED)
-	$(PYTEST) -m "not full"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
 
+# One process: four hosts of ranks take both cores.
 test-rest: $(INSTALLED)
-	$(PYTEST) -m full
+	$(BIN)/pytest -m full
 
-test-full: $(INSTALLED)
-	$(PYTEST)
+test-full: test test-rest
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/svd.py --short

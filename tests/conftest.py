@@ -21,23 +21,6 @@ from tests import models
 torch.set_num_threads(1)
 
 
-HOSTS = ("hosts", "fresh_hosts")  # fixtures that take all of this machine's namespaces and cores
-
-
-def pytest_collection_modifyitems(items):
-    """For --dist loadgroup: a file's tests share a process and what it has made, and so do all tests of four hosts.
-
-    These come first: they take longest, and the other process does the rest meanwhile.
-    """
-    items.sort(key=lambda item: not _on_hosts(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("hosts" if _on_hosts(item) else item.path.stem))
-
-
-def _on_hosts(item) -> bool:
-    return any(name in item.fixturenames for name in HOSTS)
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Folder of a small model by kind, written once."""
