@@ -17,7 +17,6 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
 from lora_one_dist.data import batches
 from lora_one_dist.data.samples import TokenData
-from lora_one_dist.disk import folders
 from lora_one_dist.initialise import gradient, pairs
 from lora_one_dist.run import checkpoint, metrics
 from lora_one_dist.run.inputs import Inputs
@@ -164,7 +163,7 @@ def _report(
         record.say(line)
     with comm.all_or_none("writing the initial adapter and its report"):
         if record.writes:
-            folders.replace(record.root / "adapter_init", adapter_files.encode(config, adapters, targets, initial))
+            adapter_files.export(record.root / "adapter_init", config, adapters, targets, initial)
             about = {"loss_before": losses[0], "loss_after": losses[1], "target_tokens": target_tokens}
             record.write_json("init_report.json", {"method": method, **about, "layers": result.rows})
             metrics.plot_report(result.rows, record.root / "init_report.png", config.lora.r)

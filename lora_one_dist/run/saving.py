@@ -83,7 +83,9 @@ class Saving:
         if self.store.newest == step:
             return True
         began = time.monotonic()
-        files = self._encode() if self.record.writes else {}
+        files = {}
+        if self.record.writes:
+            files = adapter_files.encode(self.config, self.trained.adapters, self.targets, self.trained.initial)
         state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
         state |= {"before": self.trained.before, "versions": metrics.versions()}
         state["metrics_bytes"] = self.record.size_bytes()
@@ -112,7 +114,9 @@ class Saving:
 
         def write() -> None:
             if self.record.writes and summary["steps"] > 0:
-                folders.replace(self.record.root / "adapter", self._encode())
+                trained = self.trained
+                folder = self.record.root / "adapter"
+                adapter_files.export(folder, self.config, trained.adapters, self.targets, trained.initial)
             self.record.write_json("summary.json", summary)
 
         tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1
@@ -125,10 +129,6 @@ class Saving:
                     raise
                 self.record.say(f"warning: {error}. Tried again in {RETRY_SECONDS:.0f} s.")
                 time.sleep(RETRY_SECONDS)
-
-    def _encode(self) -> dict[str, bytes]:
-        """Files of the PEFT folder."""
-        return adapter_files.encode(self.config, self.trained.adapters, self.targets, self.trained.initial)
 
     def _position(self, step: int) -> dict[str, Any]:
         """Where in the data and the schedule the run is, for people and tools: to go on, the step is enough."""
