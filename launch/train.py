@@ -18,14 +18,15 @@ import socket
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    # SIGUSR1 asks to stop; until the rank can listen (comm.init), it waits instead of ending the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
 
 from lora_one_dist.config.reading import ConfigError, load_config
 
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
-# SIGUSR1 asks to stop; until the rank can listen (comm.init), it waits instead of ending the process.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to print a bad config once
 
 
