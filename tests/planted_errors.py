@@ -457,7 +457,7 @@ ERRORS = [
     ),
     Planted(
         "the logits' gradient lacks the target's part in the last rows",
-        "base/loss.py",
+        "base/head.py",
         (("index, torch.full_like(normalizer, -1.0)", "index[:4], torch.full_like(normalizer[:4], -1.0)"),),
         "base/test_loss.py",
         "autograds",
@@ -490,14 +490,56 @@ ERRORS = [
         "llama or document",
     ),
     Planted(
-        "what a recomputation does not need is recomputed: the adapter's branch comes last",
-        "adapters/lora.py",
+        "what a recomputation does not need is recomputed: something is saved behind the frozen product",
+        "adapters/branch.py",
         (
-            ("        output = self.base_layer(x)\n", ""),
-            ("        change = B(A(", "        output = self.base_layer(x)\n        change = B(A("),
+            (
+                "        output = (y if fresh else y.clone())",
+                "        ctx.save_for_backward(h)\n        output = (y if fresh else y.clone())",
+            ),
         ),
         "initialise/test_gradient.py",
         "recomputation",
+    ),
+    Planted(
+        "dropout's mask left out of the adapter's backward",
+        "adapters/branch.py",
+        (("change.mul_(kept).div_(1 - ctx.p)", "change"),),
+        "adapters/test_branch.py",
+        "equal_pefts",
+    ),
+    Planted(
+        "the adapter's scale left out of its backward",
+        "adapters/branch.py",
+        (("dh = (dy @ ctx.B).mul_(ctx.scaling)", "dh = dy @ ctx.B"),),
+        "adapters/test_branch.py",
+        "equal_pefts",
+    ),
+    Planted(
+        "a soft cap left out of the gradient of the loss in pieces",
+        "base/head.py",
+        (
+            (
+                "                if tail is not _same:\n                    (change,)",
+                "                if False:\n                    (change,)",
+            ),
+        ),
+        "base/test_head.py",
+        "padded_rows and Gemma2",
+    ),
+    Planted(
+        "what a model does to its logits not looked at",
+        "base/head.py",
+        (("len(shown) == 1 and _equal(c(shown[0]), logits)", "len(shown) == 1"),),
+        "base/test_head.py",
+        "not_known",
+    ),
+    Planted(
+        "a block more is recomputed than need be",
+        "plan/memory.py",
+        (("    return next(fitting, most)\n", "    return min(most, next(fitting, most) + 1)\n"),),
+        "plan/test_plan.py",
+        "one_block_fewer",
     ),
 ]
 

@@ -17,26 +17,13 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_one_dist.base.recompute import FrozenLinear
+from lora_one_dist.adapters.branch import ADAPTER, AdaptedLinear
 from lora_one_dist.base.sharding import Base, add_low_rank
 from lora_one_dist.base.skeleton import DTYPES, ModelError
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import LoraConfig
 from lora_one_dist.initialise.pairs import Pairs
-
-ADAPTER = "default"  # PEFT's name of the one adapter
-
-
-class _AdapterFirst(lora.Linear):
-    """PEFT's LoRA layer with one plain adapter, whose branch comes before the frozen layer's product."""
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        A: Any
-        A, B = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
-        change = B(A(self.lora_dropout[ADAPTER](x.to(A.weight.dtype)))) * self.scaling[ADAPTER]
-        output = self.base_layer(x)
-        return (output + change).to(output.dtype)
 
 
 def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **changes: Any) -> PeftLoraConfig:
@@ -80,8 +67,8 @@ def inject_adapters(base: Base, config: PeftLoraConfig, targets: Sequence[Target
     adapters = []
     for target in targets:
         layer = layers[target.name]
-        if isinstance(layer.base_layer, FrozenLinear):
-            layer.__class__ = _AdapterFirst
+        if type(layer) is lora.Linear:
+            layer.__class__ = AdaptedLinear
         A: Any = layer.lora_A[ADAPTER]
         B: Any = layer.lora_B[ADAPTER]
         for module in (A, B):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, tensor_sources, weight_files
-from lora_one_dist.base.recompute import recompute_blocks
+from lora_one_dist.base.recompute import blocks_asked, freeze_products, most_blocks, recompute_blocks
 from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton
 from lora_one_dist.base.targets import Target, find_targets
 from lora_one_dist.cluster import comm
@@ -49,6 +49,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     skeleton = build_skeleton(config, folder)
     targets = find_targets(skeleton, lora, rank_needed)
     files = weight_files(folder, config.allow_pickle)
+    blocks_asked(config.recompute, most_blocks(skeleton))
     sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
     if sources is None:
         refuse_unfit(config, skeleton, files)
@@ -87,8 +88,9 @@ def load(
     else:
         base = sharding.load_pretrained(lambda: _from_pretrained(config, planned.folder, ds_config is None), ds_config)
     base.module.config.use_cache = False
-    if config.gradient_checkpointing != "none":
-        recompute_blocks(base.module, reentrant=config.gradient_checkpointing == "reentrant")
+    freeze_products(base.module)
+    count = blocks_asked(config.recompute, most_blocks(base.module))
+    recompute_blocks(base.module, count, reentrant=config.checkpointing == "reentrant")
     base.module.enable_input_require_grads()  # every weight is frozen: the graph must start somewhere
     return base
 

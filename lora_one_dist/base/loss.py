@@ -1,6 +1,6 @@
 """The loss of a batch, as a sum over its target tokens, and what stands around a forward pass that takes it.
 
-In: a model and a collated batch.  Out: a scalar.  The logits of some rows at a time are in fp32 (LOSS_BYTES).
+In: a model and a collated batch.  Out: a scalar.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_one_dist.base.head import cross_entropy, loss_in_pieces, rows_at_once, rows_only
 from lora_one_dist.cluster import comm
+from lora_one_dist.data.batches import IGNORE_INDEX
 
-LOSS_BYTES = 64 * 2**20  # of logits in fp32 at one time
 
-
-def loss_sum(model: Any, batch: Mapping[str, torch.Tensor], weight: float = 1.0) -> torch.Tensor:
+def loss_sum(
+    model: Any, batch: Mapping[str, torch.Tensor], weight: float = 1.0, head_is_target: bool = False
+) -> torch.Tensor:
     """``weight`` times the summed cross-entropy of a batch's target tokens, fp32 scalar (0 if it has none).
 
     Collective under stage 3.
@@ -25,22 +27,33 @@ def loss_sum(model: Any, batch: Mapping[str, torch.Tensor], weight: float = 1.0)
     A sum, not transformers' mean: the caller divides by the targets of the whole global batch, so that the loss is
     the same however the batch is split into micro-batches and ranks.
 
-    A batch with position_ids holds packed rows.  transformers keeps their documents apart if it is given no mask of
-    the padding (which is a document of its own), and its flash attention only within a batch of one row.
+    The model gets no attention mask: rows are padded on the right and attention is causal, so that no target sees a
+    pad.  A batch with position_ids holds packed rows, whose documents transformers keeps apart (the padding is one of
+    its own), its flash attention only within a batch of one row.
+
+    Args:
+        head_is_target: the output head's own product must run in one piece, for what is hooked to it.
     """
     device = comm.device()
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    if "position_ids" in batch:
-        del inputs["attention_mask"]
-        if str(model.config._attn_implementation).startswith("flash"):
-            inputs = {name: values.view(1, -1) for name, values in inputs.items()}
-    logits = model(**inputs, use_cache=False).logits
-    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten().to(device)
-    return _CrossEntropySum.apply(logits.flatten(0, 1), labels, weight)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    if "position_ids" in batch and str(model.config._attn_implementation).startswith("flash"):
+        inputs = {name: values.view(1, -1) for name, values in inputs.items()}
+    inputs = {name: values.to(device) for name, values in inputs.items()}
+    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    labels, rows = labels[rows].to(device), rows.to(device)
+    given: dict[str, Any] = {**inputs, "use_cache": False}
+    if not head_is_target:
+        loss = loss_in_pieces(model, given, rows, labels, weight)
+        if loss is not None:
+            return loss
+    with rows_only(model, rows):
+        logits = model(**given).logits
+    return _CrossEntropySum.apply(logits.flatten(0, -2), labels, weight)
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Cross-entropy of logits (T, V) at labels (T,), -100 for none, summed in fp32 and times a weight.
+    """Cross-entropy of logits (k, V) at labels (k,), summed in fp32 and times a weight.
 
     The logits become their gradient, rounded once to their type.
 
@@ -51,18 +64,13 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        rows_at_once = max(1, LOSS_BYTES // (4 * logits.shape[1]))
-        for rows, wanted in zip(logits.split(rows_at_once), labels.split(rows_at_once), strict=True):
-            is_target = wanted != -100
-            index = wanted.clamp_min(0)[:, None]
-            scores = rows.float()
-            normalizer = scores.logsumexp(1, keepdim=True)
-            losses = (normalizer - scores.gather(1, index)).squeeze(1)
-            total += losses.masked_fill(~is_target, 0.0).sum()
+        logits = logits.detach()  # written to: autograd has made it and keeps it nowhere
+        count = rows_at_once(logits.shape[1], logits.device)
+        for rows, wanted in zip(logits.split(count), labels.split(count), strict=True):
+            loss, gradient = cross_entropy(rows.float(), wanted, weight, ctx.needs_input_grad[0])
+            total += loss
             if ctx.needs_input_grad[0]:
-                gradient = scores.sub_(normalizer).exp_()
-                gradient.scatter_add_(1, index, torch.full_like(normalizer, -1.0))
-                rows.copy_(gradient.mul_(weight).masked_fill_(~is_target[:, None], 0.0))
+                rows.copy_(gradient)
         ctx.save_for_backward(logits)
         return total * weight
 

@@ -1,6 +1,7 @@
-"""What is computed again in backward instead of being kept: gradient checkpointing of the frozen blocks.
+"""What is computed again in backward instead of being kept: gradient checkpointing of the first of the frozen blocks.
 
-In: a loaded model.  Out: the same model, set so that backward recomputes each block but the last.  Not collective.
+In: a loaded model.  Out: the same model, set so that backward recomputes so many blocks.  Not collective.  Backward
+begins with the last block and frees what was kept as it goes: the first blocks are those to recompute.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_one_dist.base.blocks import blocks
+from lora_one_dist.base.skeleton import ModelError
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -34,23 +36,41 @@ class FrozenLinear(nn.Linear):
         return _FrozenProduct.apply(input, self)
 
 
-def recompute_blocks(model: Any, reentrant: bool) -> None:
-    """Let backward compute each transformer block but the last again, by the kind of checkpointing named."""
+def most_blocks(model: nn.Module) -> int:
+    """All but the last of each stack: with it backward begins, and it would be computed again at once.  Pure."""
+    return max(0, len(blocks(model)) - 1)
+
+
+def blocks_asked(setting: str | int, most: int) -> int:
+    """``model.recompute`` as a number; ``auto`` is all of them until memory is known.  Pure.
+
+    Raises:
+        ModelError: for more than ``most``.
+    """
+    if isinstance(setting, int) and setting > most:
+        raise ModelError(f"model.recompute = {setting}: the model has {most + 1} blocks, the last is kept. Lower it.")
+    return {"auto": most, "all": most, "none": 0}.get(str(setting), setting if isinstance(setting, int) else most)
+
+
+def recompute_blocks(model: Any, count: int, reentrant: bool) -> None:
+    """Let backward compute the first ``count`` transformer blocks again, by the kind of checkpointing named."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its new name does not exist in transformers 5.17
+        warnings.simplefilter("ignore", FutureWarning)  # the new names do not exist in transformers 5.17
+        if count == 0:
+            model.gradient_checkpointing_disable()
+            return
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    last: Any
-    for last in blocks(model)[-1:]:
-        last.gradient_checkpointing = False  # backward begins with it: it would be computed again at once
-    if not reentrant:
-        _save_nothing_behind_the_last_input(model)
+    block: Any
+    for block in blocks(model)[count:]:
+        block.gradient_checkpointing = False
 
 
-def _save_nothing_behind_the_last_input(model: nn.Module) -> None:
-    """Let a recomputation end at the input of a block's last linear layer, whose own product nothing needs.
+def freeze_products(model: nn.Module) -> None:
+    """Let the products of the blocks' linear layers save nothing.  Pure.
 
-    Non-reentrant checkpointing ends it with the last tensor that the forward pass saved; autograd's own product would
-    save the weight behind it.  In a Llama that is a quarter of the block's work.
+    Non-reentrant checkpointing ends a recomputation with the last tensor that the forward pass saved, then the input of
+    a block's last linear layer; autograd's own product would save the weight behind it.  In a Llama that is a quarter
+    of the block's work.
     """
     for block in blocks(model):
         for layer in block.modules():

@@ -30,7 +30,7 @@ from lora_one_dist.config.reading import ConfigError, load_config, parse_config
 from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise import pairs
 from lora_one_dist.plan import shape as shapes
-from lora_one_dist.plan.advice import advice
+from lora_one_dist.plan.advice import advice, faster
 from lora_one_dist.plan.prediction import predict
 from lora_one_dist.plan.shape import Cluster, Shape
 from lora_one_dist.plan.wire import Wire
@@ -40,6 +40,7 @@ ELSEWHERE = "planned/elsewhere"  # data that need not be on this machine
 DOES_NOT_FIT = 2
 GB = 1e9
 TABLE_LENGTH = 4096
+RESERVE = 4.0  # GB of a GPU for CUDA, NCCL and fragments
 SHAPES = ("llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-3.3-70b")
 CLUSTERS = ((1, 8), (4, 8), (8, 4))
 GPUS = (40, 80, 141)
@@ -52,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hosts", type=command_line.positive, default=1)
     parser.add_argument("--ranks_per_host", type=command_line.positive, default=8)
     parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes (80)")
-    parser.add_argument("--reserve_gb", type=float, default=4.0, help="of it for CUDA, NCCL and fragments (4)")
+    parser.add_argument("--reserve_gb", type=float, default=RESERVE, help="of it for CUDA, NCCL and fragments (4)")
     parser.add_argument("--tflops", type=float, help="speed that a rank reaches, 10^12 a second (nccl: 400, in bf16)")
     parser.add_argument("--inside_gbs", type=float, default=200.0, help="a rank's wire inside its host, GB/s (200)")
     parser.add_argument("--between_gbs", type=float, default=25.0, help="a rank's wire between hosts, GB/s (25)")
@@ -98,8 +99,7 @@ def shape_of(settings: Config) -> Shape:
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
     needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed)
-    threshold = int(settings.deepspeed.zero.get("stage3_param_persistence_threshold", 100_000))
-    return shapes.shape_of(skeleton, targets, threshold)
+    return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold)
 
 
 def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> list[str]:
@@ -121,6 +121,9 @@ def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> lis
             f"{name} {size / GB:.2f}" for name, size in sorted(terms.items(), key=lambda t: -t[1]) if size
         )
         lines.append(f"  {phase:<16}{found.peak(phase) / GB:>7.2f}  {named}{fits}")
+    counts = ", ".join(f"{count} in {phase}" for phase, count in found.recomputed.items())
+    setting = f"model.recompute = {settings.model.recompute}"
+    lines += ["", f"of {shape.layers} blocks backward recomputes {counts}: {setting}"]
     heading = f"{'a rank, predicted':<18}{'GB sent inside':>15}{'between hosts':>15}{'TFLOP':>11}"
     lines += ["", heading + (f"{'seconds':>10}" if timed else "")]
     for phase, seconds in found.seconds.items():
@@ -137,30 +140,34 @@ def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> lis
 
 
 def table() -> list[str]:
-    """Peaks of four models on three clusters at the defaults, in Markdown."""
+    """Least peaks of four models on three clusters, and what 80 GB make of the defaults, in Markdown."""
     lines = [
-        "| model | hosts x GPUs | load | gradient | SVD | step | fits GPUs of | init s | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | hosts x GPUs | load | gradient | SVD | step | fits GPUs of | recomputed | init s | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in SHAPES:
         path = str(ROOT / "tools/shapes" / name)
         settings = settings_of(None, path, [f"data.max_length={TABLE_LENGTH}"])
         shape = shape_of(settings)
+        least = settings_of(None, path, [f"data.max_length={TABLE_LENGTH}", "model.recompute=all"])
         for hosts, each in CLUSTERS:
-            cluster = Cluster(hosts, each)
-            found = predict(shape, settings, cluster)
-            peaks = [found.peak(phase) / GB for phase in ("load", "gradient", "svd", "step")]
+            cluster = Cluster(hosts, each, bytes_per_rank=(GPUS[1] - RESERVE) * GB)
+            peaks = [predict(shape, least, cluster).peak(phase) / GB for phase in ("load", "gradient", "svd", "step")]
             fits = []
             for gpu in GPUS:
-                small = Cluster(hosts, each, bytes_per_rank=(gpu - 4) * GB)
-                if max(peaks) * GB <= small.bytes_per_rank:
+                problems = advice(shape, settings, Cluster(hosts, each, bytes_per_rank=(gpu - RESERVE) * GB))
+                if not problems:
                     fits.append(f"{gpu}")
-                elif not any("No setting" in line for line in advice(shape, settings, small)):
+                elif not any("No setting" in line for line in problems):
                     fits.append(f"({gpu})")
+            found = predict(shape, settings, cluster)
             init = sum(found.seconds[phase] for phase in ("gradient", "svd", "broadcast"))
             speed = settings.train.global_batch_size * TABLE_LENGTH / found.seconds["step"]
             cells = [name, f"{hosts} x {each}", *(f"{peak:.1f}" for peak in peaks), ", ".join(fits) or "none"]
-            lines.append("| " + " | ".join([*cells, f"{init:.0f}", f"{speed:.0f}"]) + " |")
+            again = found.recomputed["step"]
+            lines.append(
+                "| " + " | ".join([*cells, f"{again} of {shape.layers}", f"{init:.0f}", f"{speed:.0f}"]) + " |"
+            )
     return lines
 
 
@@ -199,5 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     print("\n".join(report(shape, settings, cluster, timed)))
     problems = advice(shape, settings, cluster)
+    better = faster(shape, settings, cluster) if timed and not problems else []
+    if better:
+        print(f"\nfaster, and it still fits: {'; '.join(better)}")
     print("\n" + ("\n".join(problems) if problems else "every phase fits"))
     return DOES_NOT_FIT if problems else 0

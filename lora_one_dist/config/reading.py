@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ from pydantic import BaseModel, ValidationError
 from lora_one_dist.config.checks import cross_checks
 from lora_one_dist.config.effect import idle, rivals, shown, value_of
 from lora_one_dist.config.settings import Config
+
+RENAMED = {  # settings of before, and what to write instead
+    "model.gradient_checkpointing": "is now model.recompute (auto, all, none or a number of blocks) and "
+    "model.checkpointing (reentrant or non_reentrant). For none write recompute: none; else leave it out, or write "
+    "recompute: all.",
+}
 
 
 class ConfigError(ValueError):
@@ -94,7 +100,7 @@ def _validated(settings: Mapping[str, Any]) -> tuple[Config | None, list[str], d
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        return None, list(dict.fromkeys(_describe(e) for e in error.errors())), _valid_groups(settings)
+        return None, list(_described(error.errors())), _valid_groups(settings)
     return config, [], {name: getattr(config, name) for name in Config.model_fields}
 
 
@@ -152,8 +158,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> str:
     return ".".join(parts)
 
 
-def _describe(error: Any) -> str:
-    """One pydantic error as 'key = value: rule. remedy.'"""
+def _described(errors: Sequence[Any]) -> Iterator[str]:
+    """A text for each setting that is wrong; what it may be of several kinds is joined by 'or'."""
+    by_setting: dict[tuple[str, ...], list[Any]] = {}
+    for error in errors:
+        by_setting.setdefault(tuple(_setting_of(error)[0]), []).append(error)
+    for alike in by_setting.values():
+        rules = dict.fromkeys(error["msg"].removeprefix("Input should ") for error in alike)
+        rule = alike[0]["msg"] if len(alike) == 1 else f"Input should {' or '.join(rules)}"
+        yield _describe({**alike[0], "msg": rule})
+
+
+def _setting_of(error: Any) -> tuple[list[str], Any]:
+    """The path of what a pydantic error is about, and the field there, if there is one."""
     path: list[str] = []
     fields: Mapping[str, Any] = Config.model_fields
     field = None
@@ -165,8 +182,16 @@ def _describe(error: Any) -> str:
             break
         field = fields[part]
         fields = getattr(field.annotation, "model_fields", {})
+    return path, field
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as 'key = value: rule. remedy.'"""
+    path, field = _setting_of(error)
     key = ".".join(path)
     help_text = " ".join((field.description or "").split()) if field is not None else ""
+    if error["type"] == "extra_forbidden" and key in RENAMED:
+        return f"{key} = {error['input']!r}: {RENAMED[key]}"
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)

@@ -57,9 +57,17 @@ class ModelConfig(_Group):
     """Type of the base weights and of the adapters' working copies; masters and moments are always fp32."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention kernel, as transformers names it."""
-    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "non_reentrant"
-    """Recompute each block but the last in backward: activation memory of one block instead of all. non_reentrant stops
-    before a block's last linear layer, whose product nothing needs: the faster of the two."""
+    recompute: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
+    """Blocks whose inside backward computes again instead of keeping it: as few as memory_gb asks for (auto), all (but
+    the last, with which backward begins), none, or the first so many. Each costs a third of its work once more."""
+    checkpointing: Annotated[Literal["reentrant", "non_reentrant"], not_with("model.recompute", "none", 0)] = (
+        "non_reentrant"
+    )
+    """How they are recomputed. non_reentrant stops before a block's last linear layer, whose product nothing needs: the
+    faster of the two."""
+    memory_gb: Literal["auto"] | Annotated[float, Field(gt=0, strict=True)] = "auto"
+    """Memory that a rank may fill, 10^9 bytes; a run that needs more is refused before it loads. auto: 92 % of the GPU
+    (the rest is for CUDA, NCCL and fragments), or a rank's share of what is free on the host of CPU ranks."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
     allow_pickle: bool = False
@@ -246,6 +254,11 @@ class DeepSpeedConfig(_Group):
     def zero(self) -> dict[str, Any]:
         """The JSON's ``zero_optimization``."""
         return self.policy().get("zero_optimization", {})
+
+    @property
+    def persistence_threshold(self) -> int:
+        """Elements below which ZeRO-3 keeps a parameter whole on every rank; DeepSpeed's default where it is open."""
+        return int(self.zero.get("stage3_param_persistence_threshold", 100_000))
 
     @property
     def offloads(self) -> bool:

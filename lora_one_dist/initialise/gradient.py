@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any
@@ -202,9 +202,11 @@ def full_gradient(
     buffer_device = torch.device("cpu") if buffer == "host" else comm.device()
     sums = _OwnerSums({target.name: owner for target, owner in zip(targets, owners, strict=True)}, buffer_device)
     loss = torch.zeros((), dtype=torch.float64)
-    with _hooks(base.module, sums), _backward_down_to(base.module, list(sums.owners)), dropout_off(base.module):
+    layers = {name: base.module.get_submodule(name) for name in sums.owners}
+    head_is_target = base.module.get_output_embeddings() in layers.values()
+    with _hooks(layers, sums), _backward_down_to(base.module, set(layers.values())), dropout_off(base.module):
         for micro_batch in micro_batches:
-            weighted = loss_sum(base.module, micro_batch.tensors, micro_batch.weight)
+            weighted = loss_sum(base.module, micro_batch.tensors, micro_batch.weight, head_is_target)
             weighted.backward()
             sums.end_micro_batch()
             base.release()
@@ -215,32 +217,25 @@ def full_gradient(
     return sums.owned, float(comm.all_sum(loss))
 
 
-class _hooks:  # noqa: N801 (used as a function)
+@contextlib.contextmanager
+def _hooks(layers: Mapping[str, nn.Module], sums: _OwnerSums) -> Iterator[None]:
     """Forward hooks on the targets for the length of a block."""
-
-    def __init__(self, module: nn.Module, sums: _OwnerSums):
-        self.layers = {name: module.get_submodule(name) for name in sums.owners}
-        self.sums = sums
-
-    def __enter__(self) -> None:
-        self.handles = [layer.register_forward_pre_hook(_save_input) for layer in self.layers.values()]
-        self.handles += [
-            layer.register_forward_hook(_capture_hook(self.sums.sink(name))) for name, layer in self.layers.items()
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    handles = [layer.register_forward_pre_hook(_save_input) for layer in layers.values()]
+    handles += [layer.register_forward_hook(_capture_hook(sums.sink(name))) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def _backward_down_to(module: Any, names: Sequence[str]) -> Iterator[None]:
+def _backward_down_to(module: Any, layers: Set[nn.Module]) -> Iterator[None]:
     """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
 
     transformers' hooks on the embedding start autograd's graph there; these start it at the block's input instead.
     Layers that do not all lie in one stack of blocks leave it at the embedding.
     """
-    layers = {module.get_submodule(name) for name in names}
     stack: list[Any] = next((list(s) for s in stacks(module) if layers <= set(s.modules())), [])
     below = list(takewhile(lambda block: not layers & set(block.modules()), stack))
     if not below:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_one_dist.config.settings import Config
-from lora_one_dist.plan.memory import memory_by_phase
+from lora_one_dist.plan.memory import memory_by_phase, recomputed_in
 from lora_one_dist.plan.seconds import operations_by_phase, seconds_by_phase
 from lora_one_dist.plan.shape import Cluster, Shape
 from lora_one_dist.plan.wire import Wire, wire_by_phase
@@ -18,6 +18,8 @@ class Prediction:
     memory: dict[str, dict[str, int]]
     wire: dict[str, Wire]
     operations: dict[str, float]
+    recomputed: dict[str, int]
+    """Blocks that backward computes again, in the phases that have one."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def peak(self, phase: str) -> int:
@@ -33,5 +35,7 @@ def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
     tokens = config.train.micro_batch_size * config.data.max_length
     memory = memory_by_phase(shape, config, cluster)
     wire = wire_by_phase(shape, config, cluster)
-    operations = operations_by_phase(shape, config, cluster, tokens)
-    return Prediction(memory, wire, operations, seconds_by_phase(shape, config, cluster, wire, operations))
+    again = {p: recomputed_in(terms, shape, config) for p, terms in memory.items() if p in ("gradient", "step")}
+    operations = operations_by_phase(shape, config, cluster, tokens, again)
+    seconds = seconds_by_phase(shape, config, cluster, wire, operations, again)
+    return Prediction(memory, wire, operations, again, seconds)

@@ -20,27 +20,28 @@ from lora_one_dist.plan.shape import (
 )
 from lora_one_dist.plan.wire import Wire
 
+HOST_SECONDS = 2e-3  # to start a block's kernels, forward and backward; as much again where it is recomputed (estimate)
 FP32_SHARE = 1 / 8  # of a GPU's bf16 speed that the fp32 products of an SVD reach
 PHASES = ("load", "gradient", "gather weights", "svd", "broadcast", "step")
 
 
-def operations_by_phase(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, float]:
+def operations_by_phase(
+    shape: Shape, config: Config, cluster: Cluster, tokens: int, recomputed: Mapping[str, int]
+) -> dict[str, float]:
     """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
-    by causality; what is recomputed counts."""
+    by causality; what is ``recomputed``, so many blocks in a phase, counts."""
     attention = 2.0 * tokens * config.data.max_length * shape.hidden
     forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + attention * shape.layers
-    checkpointing = config.model.gradient_checkpointing
-    left_out = shape.last_linear if checkpointing == "non_reentrant" else 0
-    again = 2.0 * tokens * (shape.recomputed - left_out) + attention * (shape.layers - 1)
-    if checkpointing == "none":
-        again = 0.0
+    left_out = shape.last_linear if config.model.checkpointing == "non_reentrant" else 0
+    every = (2.0 * tokens * (shape.recomputed - left_out) + attention * (shape.layers - 1)) / max(1, shape.layers - 1)
+    again = {phase: every * count for phase, count in recomputed.items()}
     weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
     parts, found = parts_of_batch(config), {}
     if config.init.method in GRADIENT_METHODS:
         passes = parts * passes_of_init(config, cluster)
         back = sum(1.0 - share_below(shape, group) for group in groups)
-        found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + weights)
+        found["gradient"] = passes * (forward * len(groups) + (forward + again["gradient"]) * back + weights)
     if config.init.method != "lora":
         needed = singular_vectors_needed(config.init.method, config.lora.r)
         columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
@@ -48,18 +49,30 @@ def operations_by_phase(shape: Shape, config: Config, cluster: Cluster, tokens: 
         found["svd"] = 4.0 * columns * owned * len(groups)
     micro_batches = passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
     adapters = 6.0 * tokens * config.lora.r * shape.adapter
-    found["step"] = micro_batches * (2 * forward + again + adapters)
+    found["step"] = micro_batches * (2 * forward + again["step"] + adapters)
     return found
 
 
 def seconds_by_phase(
-    shape: Shape, config: Config, cluster: Cluster, wire: Mapping[str, Wire], operations: Mapping[str, float]
+    shape: Shape,
+    config: Config,
+    cluster: Cluster,
+    wire: Mapping[str, Wire],
+    operations: Mapping[str, float],
+    recomputed: Mapping[str, int],
 ) -> dict[str, float]:
-    """The longer of work and wire, phase by phase: as if they overlapped well."""
+    """The longest of work, wire and, on GPUs, what the host takes to start the work, phase by phase: as if they
+    overlapped well."""
     found = {}
     for phase in (name for name in PHASES if name in operations or name in wire):
         speed = cluster.operations * (FP32_SHARE if phase == "svd" else 1.0)
         moved = wire.get(phase, Wire())
         on_wire = moved.inside / cluster.ranks / cluster.inside + moved.between / cluster.ranks / cluster.between
         found[phase] = max(operations.get(phase, 0.0) / speed, on_wire)
+    if cluster.backend == "nccl":
+        passes = {"step": passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)}
+        if "gradient" in found:
+            passes["gradient"] = config.init.layer_groups * parts_of_batch(config) * passes_of_init(config, cluster)
+        for phase, count in passes.items():
+            found[phase] = max(found[phase], count * HOST_SECONDS * (shape.layers + recomputed[phase]))
     return found

@@ -31,11 +31,15 @@ class Shape:
     lookup_only: int
     """In the embedding, unless the output head multiplies by it too."""
     recomputed: int
-    """In the blocks that reentrant checkpointing runs again: all but the last."""
+    """In the blocks that may run again in backward: all but the last."""
     last_linear: int
     """Of them in the last linear layer of each block, which non-reentrant checkpointing leaves out."""
     hidden: int
     intermediate: int
+    heads: int
+    queries: int
+    """Wide: heads times their size; ``keys``: of keys and of values each."""
+    keys: int
     layers: int
     vocabulary: int
     targets: tuple[Target, ...]
@@ -70,7 +74,8 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
     linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
-    hidden = config.hidden_size
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
     return Shape(
         parameters=sum(sizes),
         persistent=sum(size for size in sizes if size < persistence_threshold),
@@ -81,6 +86,9 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        heads=heads,
+        queries=heads * head_size,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,
         targets=tuple(targets),

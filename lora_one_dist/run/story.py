@@ -15,7 +15,7 @@ from datasets import disable_progress_bars
 from lora_one_dist.base import loading
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
-from lora_one_dist.run import beginning, checkpoint, inputs, metrics, opening, training
+from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training
 from lora_one_dist.run.saving import Saving
 from lora_one_dist.run.stopping import stop_if_asked
 from lora_one_dist.train.evaluate import evaluate
@@ -50,7 +50,9 @@ def run(config: Config) -> dict[str, Any]:
         opening.introduce(config, read, record)
         for note in notes:
             record.say(note)
-        summary = _from_load_to_summary(config, read, record, store, found, total)
+        fitted = fitting.fit(config, read, begins=found is None)
+        record.say(fitted.summary)
+        summary = _from_load_to_summary(config, read, fitted, record, store, found, total)
         record.close()
     return summary
 
@@ -58,6 +60,7 @@ def run(config: Config) -> dict[str, Any]:
 def _from_load_to_summary(
     config: Config,
     read: inputs.Inputs,
+    fitted: fitting.Fit,
     record: metrics.RunFolder,
     store: checkpoint.Store,
     found: checkpoint.Found | None,
@@ -71,6 +74,7 @@ def _from_load_to_summary(
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
 
+    fitted.recompute(base, config.model, "gradient")
     if found is None:
         trained = beginning.begin(config, read, base, record, store, phases, held_answers)
     else:
@@ -84,6 +88,7 @@ def _from_load_to_summary(
 
     after = trained.before
     if total > 0:
+        fitted.recompute(base, config.model, "step")
         comm.set_timeout(config.comm.timeout_seconds)
         batches = GlobalBatches(read.train, read.tokenizer.pad_token_id, config)
         first, evaluated = (found.step, found.state["evaluated"]) if found is not None else (0, False)
@@ -95,6 +100,7 @@ def _from_load_to_summary(
         saving.save_if_best(total, False, after.get("eval_loss", math.nan))
 
     summary = {"steps": total, "before": trained.before, "after": after, "phases": phases.over_ranks()}
+    summary["recomputed_blocks"] = fitted.prediction.recomputed
     saving.write_results(summary)
     _conclude(config, record, summary)
     return summary

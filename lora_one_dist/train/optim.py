@@ -23,8 +23,9 @@ moment on L ranks a host, and step 4 its result, 4 bytes per element of the larg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -177,11 +178,20 @@ def make_layout(targets: Sequence[Target], r: int, world_size: int) -> Layout:
     return Layout(tuple(blocks), share, r)
 
 
+def _move_to_main_grad(parameter: Any) -> None:
+    """What autograd has left in ``.grad``: nothing where an adapted layer has added to ``main_grad`` itself."""
+    if parameter.grad is None:
+        return
+    parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None
+    parameter.grad_added_to_main_grad = True
+
+
 class LayerShardedOptimizer:
     """The optimizer of all adapters.  Construct and ``step`` on every rank; the adapters must be equal on all.
 
-    From construction on each adapter parameter is a view of one flat working buffer, and its gradients leave ``.grad``
-    for the flat fp32 send buffer as backward produces them.
+    From construction on each adapter parameter is a view of one flat working buffer, and its ``main_grad``, to which
+    backward adds (:mod:`lora_one_dist.adapters.branch`), one of the flat fp32 send buffer.
     """
 
     def __init__(self, adapters: Sequence[Adapter], config: OptimConfig):
@@ -192,16 +202,20 @@ class LayerShardedOptimizer:
         size = self.layout.share * comm.world_size()
         self.working = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.send = torch.zeros(size, dtype=torch.float32, device=first.device)
-        self.arrived: set[tuple[int, str]] = set()
+        self.parameters: dict[tuple[int, str], Any] = {}
         sends = self.layout.views(self.send)
         for i, (working_A, working_B) in self.layout.views(self.working).items():
+            parameter: Any
             for side, parameter, working, send in (
                 ("A", adapters[i].A, working_A, sends[i][0]),
                 ("B", adapters[i].B, working_B, sends[i][1]),
             ):
+                self.parameters[i, side] = parameter
                 working.copy_(parameter.detach())
                 parameter.data = working
-                parameter.register_post_accumulate_grad_hook(self._accumulate(i, side, send))
+                parameter.main_grad = send
+                parameter.grad_added_to_main_grad = False
+                parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
         own = slice(hierarchy.slot() * self.layout.share, (hierarchy.slot() + 1) * self.layout.share)
         self.own_working = self.working[own]
         self.masters = self.own_working.float()
@@ -210,15 +224,6 @@ class LayerShardedOptimizer:
         self.second = torch.zeros_like(self.masters) if adamw else None
         self.steps = 0
         self.checked = False
-
-    def _accumulate(self, target: int, side: str, send: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None, "the hook runs when the gradient has arrived"
-            send.add_(parameter.grad)
-            parameter.grad = None
-            self.arrived.add((target, side))
-
-        return hook
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -252,7 +257,8 @@ class LayerShardedOptimizer:
         with comm.all_or_none("updating the adapters"):
             self._update(grads, lr)
         self._share()
-        self.arrived.clear()
+        for parameter in self.parameters.values():
+            parameter.grad_added_to_main_grad = False
         return norm
 
     def take_non_finite(self) -> list[str]:
@@ -337,7 +343,7 @@ class LayerShardedOptimizer:
     def _check_first(self, grads: torch.Tensor) -> None:
         for i, name in enumerate(self.names):
             for side in "AB":
-                if (i, side) not in self.arrived:
+                if not self.parameters[i, side].grad_added_to_main_grad:
                     raise OptimizerError(f"lora_{side} of {name} got no gradient in backward: it would never train.")
         for block in self._own_blocks():
             values = block.split(self.masters, self.layout.r)

@@ -32,7 +32,7 @@ def logits_by_both_roads(folders, stage):
     deepspeed = models.deepspeed_config("zero3" if stage else "stage0", stage3_param_persistence_threshold=600)
     found = []
     for folder, sliced in zip(folders, (True, False), strict=True):
-        settings = ModelConfig(path=folder, dtype="fp32", gradient_checkpointing="none", allow_pickle=True)
+        settings = ModelConfig(path=folder, dtype="fp32", recompute="none", allow_pickle=True)
         planned = loading.plan(Path(folder), settings, LoraConfig(r=4), 4)
         assert (planned.sources is not None) == sliced
         base = loading.load(settings, deepspeed, planned, 1)
@@ -61,7 +61,7 @@ def test_names_that_do_not_map_load_to_the_same_logits(world_size, stage, pickle
 
 def sharded(folder, shard_group):
     """Runs on a rank: elements held of each parameter (its own and all), the logits, and the copies there are."""
-    settings = ModelConfig(path=folder, dtype="fp32", gradient_checkpointing="none")
+    settings = ModelConfig(path=folder, dtype="fp32", recompute="none")
     planned = loading.plan(Path(folder), settings, LoraConfig(r=4), 4)
     deepspeed = models.deepspeed_config("zero3", shard_group, stage3_param_persistence_threshold=600)
     base = loading.load(settings, deepspeed, planned, 1)

@@ -19,7 +19,7 @@ from lora_one_dist.data.samples import TokenData
 from lora_one_dist.data.split import held_out, training_data
 from tests import models, reference
 from tests.data.helpers import build_tokenizer, dataset
-from tests.initialise.test_gradient import TOLERANCE, load_base
+from tests.initialise.test_gradient import TOLERANCE, checkpointed, load_base
 from tests.ranks import run_ranks
 from tests.run.test_resume import all_refused, rare_data, train_with_a_fault
 from tests.runs import metrics, peft_eval_loss, refused, settings, train
@@ -169,15 +169,15 @@ def test_fingerprint_tells_packed_from_unpacked_and_rooms_apart():
 
 
 def heads(base, batch):
-    """The logits of `loss_sum`, copied before they give way to their gradient."""
+    """The logits of all rows in `loss_sum`, which makes those of the targets alone."""
     from lora_one_dist.base.loss import loss_sum
 
     found = []
-    hook = base.get_output_embeddings().register_forward_hook(lambda _, __, output: found.append(output.detach()))
+    hook = base.model.norm.register_forward_hook(lambda _, __, output: found.append(output.detach()))
     with torch.no_grad():
         loss_sum(base, batch)
-    hook.remove()
-    return found[0].clone()
+        hook.remove()
+        return base.lm_head(found[0])
 
 
 def flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, **_):
@@ -498,7 +498,8 @@ def test_packed_losses_do_not_depend_on_ranks_micro_batch_attention_and_checkpoi
     ):
         out = tmp_path / f"{ranks}" / "run"
         changes = {"train__micro_batch_size": size, "train__eval_steps": 2, "train__max_steps": 8}
-        changes |= {"model__attn_implementation": attention, "model__gradient_checkpointing": checkpointing}
+        changes |= {f"model__{key}": value for key, value in checkpointed(checkpointing).items()}
+        changes["model__attn_implementation"] = attention
         run_ranks(ranks, train, packed_settings(model_folder("qwen2"), out, data__max_length=60, **changes))
         lines = metrics(out)
         found.append([line.get("loss", line.get("eval_loss")) for line in lines])

@@ -40,6 +40,12 @@ CASES = [
 ]
 
 
+def checkpointed(how: str) -> dict[str, object]:
+    """Settings of the model for none, or a kind of checkpointing of all blocks or, with a number behind it, of some."""
+    kind, _, count = how.partition(" ")
+    return {"recompute": "none"} if how == "none" else {"recompute": int(count or 0) or "all", "checkpointing": kind}
+
+
 def load_base(
     folder: Path,
     zero_json: str,
@@ -52,7 +58,7 @@ def load_base(
     from lora_one_dist.base import loading
     from lora_one_dist.config.settings import LoraConfig, ModelConfig
 
-    settings = ModelConfig(path=str(folder), dtype="fp32", gradient_checkpointing=checkpointing)
+    settings = ModelConfig(path=str(folder), dtype="fp32", **checkpointed(checkpointing))
     deepspeed = models.deepspeed_config(zero_json, shard_group, stage3_param_persistence_threshold=600, **zero)
     plan = loading.plan(folder, settings, LoraConfig(r=r), r)
     assert plan.sources is not None, "the sliced road must be taken"
@@ -108,6 +114,29 @@ def test_gradient_equals_single_process(case, model_folder):
     worst = max((reference.relative(G, truth[name]), name) for owned, _ in results for name, G in owned.items())
     assert worst[0] <= TOLERANCE, worst
     assert all(abs(loss - true_loss) <= 1e-6 for _, losses in results for loss in losses)
+
+
+def gradients_with_the_head(folder, checkpointing):
+    """Runs on a rank: the gradients of some blocks' layers and of the output head, where rank 0 owns all."""
+    from lora_one_dist.base.targets import find_targets
+    from lora_one_dist.config.settings import LoraConfig
+    from lora_one_dist.initialise import gradient
+
+    base, _ = load_base(folder, "zero3", checkpointing)
+    targets = find_targets(base.module, LoraConfig(r=4, target_modules=["down_proj", "lm_head"]))
+    (batch,) = gradient.deal_micro_batches(models.samples(SAMPLES), 2, "token", 1, pad_token_id=0)
+    return gradient.full_gradient(base, targets, [0] * len(targets), batch, "device")
+
+
+@pytest.mark.parametrize("checkpointing", ["non_reentrant", "none"])
+def test_gradient_of_the_head(checkpointing, model_folder):
+    model = models.llama().double()
+    names = [name for name, _ in model.named_modules() if name.endswith(("down_proj", "lm_head"))]
+    truth = reference.full_gradient(model, models.samples(SAMPLES), names)
+    found, _ = run_ranks(2, gradients_with_the_head, model_folder("llama"), checkpointing)[0]
+    assert sorted(found) == sorted(names)
+    for name, G in found.items():
+        assert reference.relative(G, truth[name]) <= TOLERANCE, name
 
 
 def blocks_with_a_graph(folder, checkpointing: str, first: int):
@@ -207,7 +236,7 @@ def test_a_stack_in_front_that_does_not_run_is_left_alone():
     whole = BehindAnotherStack(model)
     ids = torch.arange(3, 9)[None]
     for layers in (["model.model.layers.2.mlp.up_proj"], ["model.model.layers.0.mlp.up_proj"], ["model.lm_head"]):
-        with gradient._backward_down_to(whole, layers):
+        with gradient._backward_down_to(whole, {whole.get_submodule(name) for name in layers}):
             output = model(input_ids=ids, output_hidden_states=True)
         assert output.logits.requires_grad
         assert output.hidden_states[1].requires_grad == (layers[0] != "model.model.layers.2.mlp.up_proj")

@@ -74,7 +74,7 @@ def test_node_sharding_sends_50_times_fewer_bytes_than_hf_trainer(hosts, tmp_pat
             "data.max_length": 16,
             "init.method": "lora",
             "init.num_samples": 8,
-            "model.gradient_checkpointing": "non_reentrant",
+            "model.recompute": "all",
             "lora.r": R,
             "train.max_steps": LAST + 1,
             "train.micro_batch_size": 1,

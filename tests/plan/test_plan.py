@@ -11,7 +11,7 @@ import pytest
 
 from lora_one_dist.commands import plan as command
 from lora_one_dist.plan import advice as advice_module
-from lora_one_dist.plan.memory import host_bytes
+from lora_one_dist.plan.memory import host_bytes, memory_by_phase, recomputed_in
 from lora_one_dist.plan.prediction import predict
 from lora_one_dist.plan.shape import Cluster, Shape, shape_of
 from lora_one_dist.plan.wire import GLOO_SEGMENT_BYTES, _from_owner, _to_owner, gathers_a_pass
@@ -185,3 +185,32 @@ def test_phases_are_told_in_the_order_in_which_they_run():
     found = predict(shape("llama-2-7b"), settings("llama-2-7b"), Cluster(1, 8))
     assert list(found.seconds) == ["gradient", "svd", "broadcast", "step"]
     assert list(found.memory) == ["load", *found.seconds]
+
+
+@pytest.mark.parametrize("gigabytes", [30, 40, 50, 60, 76])
+def test_one_block_fewer_would_not_fit(gigabytes):
+    config = settings("llama-3.3-70b", "data.max_length=4096", "deepspeed.shard_group=world")
+    cluster = Cluster(4, 8, bytes_per_rank=gigabytes * 1e9)
+    found = shape("llama-3.3-70b")
+    for phase in ("gradient", "step"):
+        terms = memory_by_phase(found, config, cluster)[phase]
+        count = recomputed_in(terms, found, config)
+        assert sum(terms.values()) <= gigabytes * 1e9
+        fewer = config.model_copy(update={"model": config.model.model_copy(update={"recompute": count - 1})})
+        assert count == 0 or sum(memory_by_phase(found, fewer, cluster)[phase].values()) > gigabytes * 1e9
+
+
+def test_faster_settings_are_faster_and_fit():
+    found, cluster = shape("llama-3.1-8b"), Cluster(1, 8, bytes_per_rank=76e9, inside=2e10)  # a slow wire
+    slow = ("model.recompute=all", "data.max_length=512", "train.global_batch_size=64")
+    named = advice_module.faster(found, settings("llama-3.1-8b", *slow), cluster)
+    assert any("stage0.json" in text for text in named)
+    assert any("micro_batch_size=8" in text for text in named)
+    before = predict(found, settings("llama-3.1-8b", *slow), cluster).seconds["step"]
+    for text in named:
+        setting, _, gain = text.partition(" (")
+        after = predict(found, settings("llama-3.1-8b", *slow, *setting.split()), cluster)
+        assert max(map(after.peak, after.memory)) <= 76e9
+        assert before / after.seconds["step"] == pytest.approx(float(gain.removesuffix(" x)")), abs=0.01)
+    small = Cluster(1, 8, bytes_per_rank=12e9, inside=2e10)
+    assert not any("stage0" in text for text in advice_module.faster(found, settings("llama-3.1-8b", *slow), small))

@@ -108,7 +108,7 @@ def test_losses_have_the_same_bits_with_a_copy_of_the_base_on_each_host(hosts, m
 
 
 def test_losses_do_not_depend_on_micro_batch_stage_and_checkpointing(model_folder, tmp_path, losses_by_ranks):
-    changes = {"train__max_steps": 20, "train__micro_batch_size": 4, "model__gradient_checkpointing": "reentrant"}
+    changes = {"train__max_steps": 20, "train__micro_batch_size": 4, "model__checkpointing": "reentrant"}
     raw = settings(model_folder("qwen2"), tmp_path / "run", deepspeed__config="ds_configs/stage0.json", **changes)
     run_ranks(2, train, raw)
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]

@@ -40,9 +40,9 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
 }
 SAMPLES, R, ALPHA = 8, 8, 16
 ROADS: dict[str, dict[str, Any]] = {
-    "ours": {"model.gradient_checkpointing": "none"},
-    "checkpointing": {"model.gradient_checkpointing": "non_reentrant"},
-    "bounded": {"model.gradient_checkpointing": "non_reentrant", "init.layer_groups": 2},
+    "ours": {},
+    "checkpointing": {"model.recompute": "all"},
+    "bounded": {"model.recompute": "all", "init.layer_groups": 2},
 }
 
 

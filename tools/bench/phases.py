@@ -58,7 +58,7 @@ def write_run(folder: Path, name: str, ranks: int, shard_group: str, zero: dict[
     }
     (folder / "zero.json").write_text(json.dumps(policy), encoding="utf-8")
     return {
-        "model": {"path": str(folder / name), "dtype": "fp32", "gradient_checkpointing": "non_reentrant"},
+        "model": {"path": str(folder / name), "dtype": "fp32", "recompute": "all"},
         "data": {"train": str(folder / "train.jsonl"), "format": "text", "max_length": LENGTH},
         "lora": {"r": R, "alpha": 2 * R},
         "init": {"num_samples": 2 * ranks},

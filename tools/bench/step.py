@@ -73,7 +73,8 @@ def ours(
             "model": {
                 "path": str(folder / "model"),
                 "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-                "gradient_checkpointing": checkpointing,
+                **({"recompute": checkpointing} if checkpointing in ("none", "auto") else {"recompute": "all"}),
+                **({"checkpointing": checkpointing} if checkpointing.endswith("reentrant") else {}),
             },
             "data": {"train": str(scratch / "train.jsonl"), "format": "text", "max_length": length},
             "lora": {"r": r, "alpha": ALPHA},

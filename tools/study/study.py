@@ -96,7 +96,7 @@ METHODS = {
 def write_config(out: Path, task: str, budget: Budget) -> Path:
     """The YAML that all runs of a task start from."""
     raw = {
-        "model": {"path": str(out / "base"), "dtype": "fp32", "gradient_checkpointing": "none"},
+        "model": {"path": str(out / "base"), "dtype": "fp32", "recompute": "none"},
         "data": {
             "train": str(out / "data" / task / "train.jsonl"),
             "eval": str(out / "data" / task / "eval.jsonl"),

@@ -1,0 +1,107 @@
+"""The adapter's branch beside a frozen layer: ``y = W x + s B A x``, added in place where the layer's output is fresh.
+
+Of T tokens: x (T, n), W (m, n), A (r, n), B (m, r), x' = dropout(x).
+
+- forward   ``h = s A x'`` before the frozen product, ``y += B h`` behind it
+- backward  ``dh = s B' dy``;  ``dA = dh' x'``, ``dB = dy' h``;  ``dx = W' dy``, ``dx += A' dh`` (through the dropout)
+
+Autograd's own form writes and reads six more (T, m) tensors a layer.  Only x' and h are saved, and before the frozen
+product: a recomputation ends with the last tensor that was saved.  A gradient goes straight into its parameter's
+``main_grad`` (fp32, as Megatron calls it) where there is one, else to autograd.  Not collective.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from lora_one_dist.base.recompute import FrozenLinear
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+
+
+class AdaptedLinear(lora.Linear):
+    """PEFT's LoRA layer with one plain adapter, under PEFT's names."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        A: Any = self.lora_A[ADAPTER]
+        B: Any = self.lora_B[ADAPTER]
+        dropout: Any = self.lora_dropout[ADAPTER]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        scaling = self.scaling[ADAPTER]
+        x, h = _Before.apply(x, A.weight, scaling, p)
+        y = self.base_layer(x)
+        return _Behind.apply(y, h, A.weight, B.weight, scaling, x.grad_fn, type(self.base_layer) is FrozenLinear)
+
+
+class _Before(torch.autograd.Function):
+    """Identity on x that makes and saves h; in backward it adds the branch's part to dx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, scaling: float, p: float) -> tuple[torch.Tensor, ...]:
+        seen, kept = x.reshape(-1, x.shape[-1]).to(A.dtype), None
+        if p > 0:
+            seen, kept = torch.native_dropout(seen, p, True)
+        h = (seen @ A.T).mul_(scaling)
+        ctx.A, ctx.p, ctx.dh = A, p, None
+        ctx.save_for_backward(seen, h, *([kept] if kept is not None else []))
+        ctx.mark_non_differentiable(h)
+        return x.view_as(x), h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, None, None, None]:
+        dx, (dh, kept) = grads[0], ctx.branch
+        ctx.branch = None
+        rows = dx.view(-1, dx.shape[-1])  # of the frozen product alone: nobody else holds it
+        if kept is None and rows.dtype == dh.dtype:
+            rows.addmm_(dh, ctx.A)
+        else:
+            change = dh @ ctx.A
+            rows += change if kept is None else change.mul_(kept).div_(1 - ctx.p)
+        return dx, None, None, None
+
+
+class _Behind(torch.autograd.Function):
+    """Adds ``B h`` to the frozen layer's output; in backward it takes the pair's gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        h: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        before: Any,
+        fresh: bool,
+    ) -> torch.Tensor:
+        ctx.A, ctx.B, ctx.scaling, ctx.before = A, B, scaling, before
+        output = (y if fresh else y.clone()).view(-1, y.shape[-1])
+        output.addmm_(h.to(y.dtype), B.T.to(y.dtype))
+        return output.view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, *kept = ctx.before.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1]).to(h.dtype)
+        dh = (dy @ ctx.B).mul_(ctx.scaling)
+        ctx.before.branch = dh, kept[0] if kept else None
+        return grads[0], None, _give(ctx.A, dh, x), _give(ctx.B, dy, h), None, None, None
+
+
+def _give(parameter: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """``left' right``, the parameter's gradient: into its ``main_grad``, or back to autograd."""
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is None:
+        return left.T @ right
+    if main_grad.dtype == left.dtype:
+        main_grad.addmm_(left.T, right)
+    elif left.is_cuda:
+        main_grad += torch.mm(left.T, right, out_dtype=main_grad.dtype)  # no rounding to bf16 on the way
+    else:
+        main_grad += left.T @ right
+    parameter.grad_added_to_main_grad = True
+    return None

@@ -1,0 +1,177 @@
+"""The output head and the loss behind it, for the rows that have a target alone: a prompt's logits are never made.
+
+In: a model, its inputs, the rows with a target.  Out: the summed loss, or those rows' logits.  Collective under
+stage 3, as the forward pass is.
+
+The loss is taken in pieces (:class:`_HeadLoss`) where the head is a plain frozen layer and what the model does to its
+logits is known: nothing, a soft cap, a factor.  The first pass of each model shows whether it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+LOSS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits in fp32 at one time: what caches like; large products
+CHECKED_ROWS = 2
+Tail = Callable[[torch.Tensor], torch.Tensor]  # what a model does to its head's logits
+_tails: WeakKeyDictionary[nn.Module, Tail | None] = WeakKeyDictionary()  # None: nothing that is known
+
+
+def has_known_tail(model: nn.Module) -> bool:
+    """Can the loss be taken in pieces, as far as the passes so far tell?"""
+    return _tails.get(model, _same) is not None
+
+
+def loss_in_pieces(
+    model: Any, inputs: Mapping[str, Any], rows: torch.Tensor, labels: torch.Tensor, weight: float
+) -> torch.Tensor | None:
+    """``weight`` times the summed cross-entropy at ``rows`` (k,) of the flattened batch, whose ``labels`` are (k,).
+
+    None if it cannot be taken in pieces; the caller then takes it from :func:`rows_only`.  The same on all ranks, which
+    run the same model.
+    """
+    head: Any = model.get_output_embeddings()
+    if not has_known_tail(model) or not _is_plain(head):
+        return None
+    is_known, candidates = model in _tails, _candidates(model.config.get_text_config())
+    tail = _tails[model] if is_known else candidates[0]
+    hidden: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+
+    def take(layer: nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """In front of DeepSpeed's hooks: it shall not gather the head in backward, which has no need of it."""
+        hidden.append(given[0].reshape(-1, given[0].shape[-1]))
+        return given[0].detach()
+
+    def forward(_: torch.Tensor) -> torch.Tensor:
+        flat = hidden[-1]
+        losses.append(_HeadLoss.apply(flat[rows], labels, weight, head.weight, head.bias, tail))
+        if is_known:  # what the model's own code goes on with
+            return flat.new_zeros(1, 1, head.weight.shape[0])
+        with torch.no_grad():
+            shown.append(nn.functional.linear(flat[:CHECKED_ROWS], head.weight, head.bias)[None])
+        return shown[0].clone()
+
+    handle = head.register_forward_pre_hook(take, prepend=True)
+    head.forward = forward
+    try:
+        logits = model(**inputs).logits
+    finally:
+        del head.forward
+        handle.remove()
+    if not is_known:
+        fitting = (c for c in candidates if len(shown) == 1 and _equal(c(shown[0]), logits))
+        _tails[model] = next(fitting, None)
+    if _tails[model] is tail:
+        return losses[0]
+    return loss_in_pieces(model, inputs, rows, labels, weight)
+
+
+def _is_plain(head: Any) -> bool:
+    """Is it a frozen layer without an adapter?"""
+    return isinstance(head, nn.Linear) and not head.weight.requires_grad
+
+
+def _equal(expected: torch.Tensor, logits: torch.Tensor) -> bool:
+    return torch.allclose(expected.float(), logits.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def rows_only(model: Any, rows: torch.Tensor) -> Iterator[None]:
+    """Let the head see these rows of the flattened batch alone while the block runs: logits (1, k, V)."""
+
+    def select(head: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return given[0].reshape(-1, given[0].shape[-1])[rows][None], *given[1:]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _same(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _candidates(config: Any) -> list[Tail]:
+    """What models of transformers do to their logits, by what their config says: most do nothing."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None)
+    factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    found: list[Tail] = []
+    if cap:
+        found.append(lambda logits: torch.tanh(logits / cap) * cap)
+    if divisor:
+        found.append(lambda logits: logits / divisor)
+    return [*found, *(lambda logits, factor=factor: logits * factor for factor in factors if factor), _same]
+
+
+def cross_entropy(
+    scores: torch.Tensor, labels: torch.Tensor, weight: float, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed losses of fp32 ``scores`` (t, V) at ``labels`` (t,), and ``weight`` times their gradient.  Pure.
+
+    The gradient takes the scores' place.
+    """
+    index = labels[:, None]
+    normalizer = scores.logsumexp(1, keepdim=True)
+    loss = (normalizer - scores.gather(1, index)).sum()
+    if needs_gradient:
+        scores.sub_(normalizer).exp_()
+        scores.scatter_add_(1, index, torch.full_like(normalizer, -1.0)).mul_(weight)
+    return loss, scores
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """Whose logits are in fp32 at one time."""
+    return max(1, LOSS_BYTES[device.type] // (4 * vocabulary))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss of hidden states (k, h) at labels (k,) through the head and its tail, a few rows at a time.
+
+    The gradient of the hidden states is made at once, so that no logits are kept and ZeRO-3 gathers the head once.  The
+    logits' gradient is rounded to their type, as autograd does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float,
+        matrix: torch.Tensor,
+        bias: torch.Tensor | None,
+        tail: Tail,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needed else None
+        count = rows_at_once(matrix.shape[0], hidden.device)
+        for start in range(0, hidden.shape[0], count):
+            piece = slice(start, start + count)
+            logits = nn.functional.linear(hidden[piece], matrix, bias)
+            with torch.set_grad_enabled(needed and tail is not _same):
+                scores = tail(logits.requires_grad_(torch.is_grad_enabled()))
+            loss, change = cross_entropy(scores.detach().float(), labels[piece], weight, needed)
+            total += loss
+            if gradient is not None:
+                change = change.to(logits.dtype)
+                if tail is not _same:
+                    (change,) = torch.autograd.grad(scores, logits, change)
+                torch.mm(change, matrix, out=gradient[piece])
+        ctx.save_for_backward(gradient)
+        return total * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_output[0]), None, None, None, None, None  # by 1, where the loss is differentiated
