@@ -56,8 +56,11 @@ def main() -> int:
         if is_first:
             print(config.to_yaml(), end="")
         return 0
-    # c10d's warnings of addresses without names bury the job's own messages. Read when torch is imported.
+    # Read when torch is imported. c10d's warnings of addresses without names bury the job's own messages; and pieces of
+    # GPU memory that can grow are not lost to fragments.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from lora_one_dist.cluster import comm  # imports torch: seconds that a bad config need not wait for
 
     code = 0

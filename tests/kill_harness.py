@@ -120,7 +120,7 @@ BOUNDARY = [
     Point("forward of step 3", "train.loop._forward_backward", "step 2", rank=1, call=3),
     Point(
         "between backward and optimizer of step 3",
-        "train.optim.LayerShardedOptimizer.step",
+        "train.optim.LayerShardedOptimizer.reduce",
         "step 2",
         call=3,
         both=True,
@@ -187,7 +187,11 @@ RESUMING = [
         first=STOPPED_AT,
     ),
     Point(
-        "resume: after one more step", "train.optim.LayerShardedOptimizer.step", "step 3", first=STOPPED_AT, how="after"
+        "resume: after one more step",
+        "train.optim.LayerShardedOptimizer.update",
+        "step 3",
+        first=STOPPED_AT,
+        how="after",
     ),
     Point(
         "resume: reading a layer group", "run.checkpoint.Store.load_group", FIRST_GROUP, first="between layer groups"

@@ -38,10 +38,10 @@ def loss_sum(
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     if "position_ids" in batch and str(model.config._attn_implementation).startswith("flash"):
         inputs = {name: values.view(1, -1) for name, values in inputs.items()}
-    inputs = {name: values.to(device) for name, values in inputs.items()}
+    inputs = {name: _to(device, values) for name, values in inputs.items()}
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    labels, rows = labels[rows].to(device), rows.to(device)
+    labels, rows = _to(device, labels[rows]), _to(device, rows)
     given: dict[str, Any] = {**inputs, "use_cache": False}
     if not head_is_target:
         loss = loss_in_pieces(model, given, rows, labels, weight)
@@ -50,6 +50,11 @@ def loss_sum(
     with rows_only(model, rows):
         logits = model(**given).logits
     return _CrossEntropySum.apply(logits.flatten(0, -2), labels, weight)
+
+
+def _to(device: torch.device, values: torch.Tensor) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # public only as an argument at creation
 
+from lora_one_dist.cluster import device as device_module
 from lora_one_dist.cluster.launchers import Launch, LaunchError, address_towards, interface_of, resolve_launch
 from lora_one_dist.cluster.meeting import Topology, meet, topology
 from lora_one_dist.cluster.watch import Watch
@@ -76,44 +77,26 @@ def init(settings: CommConfig | None = None, launch: Launch | None = None) -> La
     store, host_of = meet(launch, patience, keys)
     spread = len(set(host_of)) > 1
     address = address_towards(launch.master_addr) if spread else "127.0.0.1"
-    if spread and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo would take the address of the host's own name, which Debian maps to 127.0.1.1.
-        interface = interface_of(address)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    interface = interface_of(address) if spread else None
+    if interface is not None:
+        # gloo would take the address of the host's own name, which Debian maps to 127.0.1.1; NCCL, which meets over TCP
+        # also where it then uses InfiniBand, the first interface that it finds.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     watch = _start_watch(launch, settings, store, keys, address)
     # torch 2.13 renames the collectives that torch 2.11 and DeepSpeed 0.19 know by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     _state = _State(launch, watch, topology(host_of, launch.rank), {})
-    backend = _pick_device(launch)  # from here on the failure of one rank ends all
+    backend = device_module.pick(launch)  # from here on the failure of one rank ends all
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=patience)
     of_host = _state.topology.host_ranks
     for ranks in dict.fromkeys((of_host, _state.topology.inner, _state.topology.outer)):
         if len(ranks) < launch.world_size and (len(ranks) > 1 or ranks == of_host):
             _state.groups[ranks] = dist.new_group(list(ranks), timeout=patience, use_local_synchronization=True)
+    if "nccl" in backend:
+        device_module.connect({"the job": dist.group.WORLD, **{f"ranks {r}": g for r, g in _state.groups.items()}})
     set_timeout(settings.init_timeout_seconds)
     return launch
-
-
-def _pick_device(launch: Launch) -> str:
-    """Set this rank's GPU, if there are any.  Returns the backend."""
-    accelerator = os.environ.get("DS_ACCELERATOR")
-    if accelerator not in (None, "cpu", "cuda"):
-        raise LaunchError(f"DS_ACCELERATOR = {accelerator!r}: must be cuda or cpu. Unset it: torch tells which.")
-    if not torch.cuda.is_available():
-        if accelerator == "cuda":
-            raise LaunchError("DS_ACCELERATOR = cuda: torch sees no GPU here. Unset it, or look at nvidia-smi.")
-        return "gloo"
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        raise LaunchError("DS_ACCELERATOR = cpu, but torch sees GPUs. Hide them: CUDA_VISIBLE_DEVICES= (empty).")
-    if launch.local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"local rank {launch.local_rank} on {socket.gethostname()}: {torch.cuda.device_count()} GPUs visible. "
-            "Start at most one rank per GPU, and let each see all of its host's (srun: --gpus-per-node, not "
-            "--gpus-per-task)."
-        )
-    torch.cuda.set_device(launch.local_rank)
-    return "cpu:gloo,cuda:nccl"
 
 
 def _start_watch(launch: Launch, settings: CommConfig, store: dist.Store, keys: str, address: str) -> Watch:
@@ -255,9 +238,14 @@ def all_gather_object(value: Any) -> list[Any]:
 
 def all_gather_floats(value: float) -> list[float]:
     """One float from each rank, in rank order."""
-    gathered = torch.zeros(world_size(), dtype=torch.float64)
-    gathered[rank()] = value
-    return all_sum(gathered).tolist()
+    return [row[0] for row in all_gather_rows([value])]
+
+
+def all_gather_rows(values: Sequence[float]) -> list[tuple[float, ...]]:
+    """Some floats from each rank, of each as many, in rank order."""
+    gathered = [torch.empty(len(values), dtype=torch.float64) for _ in range(world_size())]
+    dist.all_gather(gathered, torch.tensor(values, dtype=torch.float64))
+    return [tuple(row.tolist()) for row in gathered]
 
 
 def reduce_to(tensor: torch.Tensor, owner: int) -> Waitable:

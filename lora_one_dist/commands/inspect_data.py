@@ -103,7 +103,7 @@ def show(tokens: TokenData, number: int, source: str | list[str], tokenizer: Any
         yield f"--- packed row {number}: {len(rows)} documents, {of_all}"
     starts = [0, *itertools.accumulate(lengths)]
     for row, (start, stop) in zip(rows, itertools.pairwise(starts), strict=True):
-        ids, labels = sample["input_ids"][start:stop], sample["labels"][start:stop]
+        ids, labels = (np.asarray(sample[name][start:stop]).tolist() for name in ("input_ids", "labels"))
         targets = sum(label != batches.IGNORE_INDEX for label in labels[1:])
         if "lengths" in sample:  # by number: to find the lines of a row's many documents takes a while
             yield f"  - document of row {row} (the first is 0), {len(ids)} tokens, {targets} targets"

@@ -142,6 +142,9 @@ class InitConfig(_Group):
     """PEFT folder to start from instead of a method."""
     num_samples: Annotated[int, _FROM_A_METHOD, _BY_GRADIENT] = Field(8, ge=1)
     """Training samples in the one-step gradient, at least 1; the authors take 8."""
+    micro_batch_size: Annotated[int | None, _FROM_A_METHOD, _BY_GRADIENT] = Field(None, ge=1)
+    """Samples per forward pass and rank in the gradient phase, at least 1; none: train.micro_batch_size. It matters to
+    the result with average micro_batch alone."""
     average: Annotated[Literal["token", "micro_batch"], _FROM_A_METHOD, _BY_GRADIENT] = "token"
     """token: mean over all target tokens; micro_batch: mean of the micro-batches' means, as the authors do."""
     gamma: Annotated[float | None, _FROM_A_METHOD, _BY_GRADIENT] = Field(None, gt=0)
@@ -319,6 +322,11 @@ class Config(_Group):
     def gamma(self) -> float:
         """The scale in force: ``init.gamma``, or the method's own default."""
         return self.init.gamma if self.init.gamma is not None else DEFAULT_GAMMA.get(self.init.method, 1.0)
+
+    @property
+    def init_micro_batch_size(self) -> int:
+        """Of the gradient phase: ``init.micro_batch_size``, or training's."""
+        return self.init.micro_batch_size or self.train.micro_batch_size
 
     @property
     def scaling(self) -> float:

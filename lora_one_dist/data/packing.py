@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,13 +79,19 @@ class PackedRows:
             return np.add.reduceat(np.asarray(self.samples[key])[self.order], self.starts[:-1])
         assert not isinstance(key, str), f"{key}: no column of packed rows"
         held = self.samples[self.documents(key).tolist()]
-        labels = [[IGNORE_INDEX, *document[1:]] for document in held["labels"]]
+        lengths = [len(document) for document in held["labels"]]
+        labels = np.concatenate(held["labels"])
+        labels[np.cumsum([0, *lengths[:-1]])] = IGNORE_INDEX
         return {
-            "input_ids": [token for document in held["input_ids"] for token in document],
-            "labels": [label for document in labels for label in document],
-            "lengths": [len(document) for document in labels],
-            "num_targets": sum(held["num_targets"]),
+            "input_ids": np.concatenate(held["input_ids"]),
+            "labels": labels,
+            "lengths": lengths,
+            "num_targets": int(sum(held["num_targets"])),
         }
+
+    def with_format(self, kind: str) -> PackedRows:
+        """The same rows from samples in another format of `datasets`."""
+        return replace(self, samples=self.samples.with_format(kind))
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,11 @@ class PackedData(TokenData):
     def rows_of(self, sample: int) -> list[int]:
         """The rows of the data that a packed row's documents were."""
         return self.unpacked.rows[self.dataset.documents(sample)].tolist()
+
+    def squared_lengths(self) -> np.ndarray:
+        """Summed over the documents of each row."""
+        rows = self.dataset
+        return np.add.reduceat(self.unpacked.lengths[rows.order] ** 2, rows.starts[:-1])
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the documents, and which of them share a row."""

@@ -49,6 +49,10 @@ class TokenData:
         """The rows that are in a sample: one, or of a packed row those of its documents."""
         return [int(self.rows[sample])]
 
+    def squared_lengths(self) -> np.ndarray:
+        """(len,) int64: the squared length of each sample, of a packed row the sum over its documents."""
+        return self.lengths**2
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells one tokenised data set from another: number of samples, and SHA-256 of every id and label.
 

@@ -121,7 +121,7 @@ def weight_gradient(
     as they are and accumulates in fp32; a CPU has no such product and goes through fp32 copies.
     """
     dY = grad_output.reshape(-1, grad_output.shape[-1]).T
-    X = layer_input.reshape(-1, layer_input.shape[-1])
+    X = layer_input.reshape(-1, layer_input.shape[-1]).to(dY.dtype)  # a layer kept in fp32 may see others' bf16
     if dY.is_cuda and dY.dtype != torch.float32:
         G = torch.mm(dY, X, out_dtype=torch.float32)
         return G if add_to is None else add_to.add_(G)

@@ -1,7 +1,7 @@
 """Truncated SVD and every spectral initialisation: pure functions of one matrix.
 
 In: a gradient G or a weight W (m, n), fp32, on one rank.  Out: ``A0 (r, n)``, ``B0 (m, r)``, fp32, for the forward
-``W x + s B0 A0 x``.  Nothing here knows of ranks or files.  Peak bytes: the matrix, plus ``4 q (2 m + 3 n)``
+``W x + s B0 A0 x``.  Nothing here knows of ranks or files.  Peak bytes: the matrix, plus ``4 q (3 m + 3 n)``
 for a Krylov space of q columns (5r to 10r), or ``4 (m + n) min(m, n)`` for a full SVD.
 """
 
@@ -17,7 +17,7 @@ FULL_BLOCKS = 8  # a matrix hardly larger than so many blocks is decomposed in f
 MAX_BLOCKS = 32
 # Singular triplets in fp32 leave a residual of about this times S_1 however long one iterates (measured: 6 to 9 eps).
 RESIDUAL_FLOOR = 10 * torch.finfo(torch.float32).eps
-NORM_CHUNK = 2**18  # elements whose squares are added at once
+NORM_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # elements whose squares are added at once: of a cache; few kernels
 SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not determined by the matrix
 
 
@@ -58,28 +58,44 @@ def truncated_svd(G: torch.Tensor, r: int, seed: int, tolerance: float) -> Trunc
     blocks, first_certified = 0, -(-4 * r // width) + 1
     best: TruncatedSVD | None = None
     generator = torch.Generator(G.device).manual_seed(seed)
-    newest = torch.linalg.qr(torch.randn(G.shape[1], width, generator=generator, device=G.device)).Q
-    left, right, image = G.new_empty(G.shape[0], 0), newest, G.new_empty(G.shape[1], 0)
+    right = torch.linalg.qr(torch.randn(G.shape[1], width, generator=generator, device=G.device)).Q
+    left, image = G.new_empty(G.shape[0], 0), G.new_empty(G.shape[1], 0)
+    product = G @ right
     while smallest > FULL_BLOCKS * width and (blocks + 2) * width <= smallest and blocks < MAX_BLOCKS:
         blocks += 1
-        newest = _orthonormal(G @ newest, left)
-        left = torch.cat([left, newest], 1)
-        image = torch.cat([image, G.T @ newest], 1)  # G' left, which lies in the span of right
-        newest = _orthonormal(image[:, -width:], right)
-        right = torch.cat([right, newest], 1)
+        left = torch.cat([left, _orthonormal(product[:, -width:], left)], 1)
+        image = torch.cat([image, G.T @ left[:, -width:]], 1)  # G' left, which lies in the span of right
+        right = torch.cat([right, _orthonormal(image[:, -width:], right)], 1)
+        product = torch.cat([product, G @ right[:, -width:]], 1)  # G right: for the next block, and the certificate
         if blocks < first_certified:
             continue
-        V, S, Uh = torch.linalg.svd(right.T @ image, full_matrices=False)
+        V, S, Uh = _small_svd(right.T @ image)
         shown = S[: max(r + 1, S.numel() // 2)]
-        result = _certified(G, left @ Uh[:r].T, shown, (right @ V[:, :r]).T, r, blocks)
+        result = _certified(product @ V[:, :r], left @ Uh[:r].T, shown, (right @ V[:, :r]).T, r, blocks)
         best = result if best is None or result.error < best.error else best
         floor = RESIDUAL_FLOOR * float(S[0] / S[r - 1]) / max(result.gap, SMALL_GAP)
         if best.error <= max(tolerance, floor):
             return best
     if best is not None and blocks == MAX_BLOCKS:
         return best
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    return _certified(G, U[:, :r], S, Vh[:r], r, blocks=0)
+    U, S, Vh = _full_svd(G)
+    return _certified(G @ Vh[:r].T, U[:, :r], S, Vh[:r], r, blocks=0)
+
+
+def _small_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On the host: a GPU's takes longer for some hundred columns, and other bits on each kind of GPU."""
+    found = torch.linalg.svd(matrix.double().cpu() if matrix.is_cuda else matrix, full_matrices=False)
+    return tuple(part.to(matrix) for part in found)
+
+
+def _full_svd(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``U, S, Vh`` by the SVD of the short side's triangle."""
+    if G.shape[0] < G.shape[1]:
+        V, S, Uh = _full_svd(G.T)
+        return Uh.T, S, V.T
+    Q, R = torch.linalg.qr(G)
+    U, S, Vh = _small_svd(R)
+    return Q @ U, S, Vh
 
 
 def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -90,11 +106,11 @@ def _orthonormal(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _certified(
-    G: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, r: int, blocks: int
+    GV: torch.Tensor, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, r: int, blocks: int
 ) -> TruncatedSVD:
-    """With the certificate of triplets of which ``G' U = V S`` holds by construction."""
+    """With the certificate of triplets of which ``G' U = V S`` holds by construction, from ``G V`` (m, r)."""
     following = S[r] if r < S.numel() else torch.zeros_like(S[0])
-    residual = torch.linalg.vector_norm(G @ Vh.T - U * S[:r], dim=0).max()
+    residual = torch.linalg.vector_norm(GV - U * S[:r], dim=0).max()
     gap = (S[r - 1] - following) / S[r - 1].clamp_min(torch.finfo(S.dtype).tiny)
     error = residual / (S[r - 1] * gap.clamp_min(SMALL_GAP)).clamp_min(torch.finfo(S.dtype).tiny)
     signs = _signs(Vh)
@@ -156,7 +172,7 @@ def frobenius_norm(tensor: torch.Tensor) -> float:
 
     In pieces: torch's sum in fp64 copies what it adds.
     """
-    pieces = tensor.reshape(-1).split(NORM_CHUNK)
+    pieces = tensor.reshape(-1).split(NORM_CHUNK[tensor.device.type])
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 

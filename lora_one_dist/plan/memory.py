@@ -40,6 +40,7 @@ from lora_one_dist.plan.shape import (
     parts_of_batch,
     passes_of_init,
     ranks_a_copy,
+    tokens_of,
 )
 from lora_one_dist.train.optim import make_layout
 
@@ -72,7 +73,7 @@ def gathered(shape: Shape, zero: Mapping[str, Any], recorded: bool) -> int:
 def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
     """Bytes by phase and term: those of this file's docstring."""
     e, sharers = element_bytes(config), ranks_a_copy(config, cluster)
-    zero, tokens = config.deepspeed.zero, config.train.micro_batch_size * config.data.max_length
+    zero = config.deepspeed.zero
     on_gpu = cluster.backend == "nccl"
     offloaded = config.deepspeed.offloads and on_gpu
     several = config.deepspeed.stage == 3 and (sharers > 1 or offloaded)  # as model.is_partitioned
@@ -89,10 +90,10 @@ def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str,
     r = config.lora.r
     pairs = 4 * r * shape.adapter
     if config.init.method in GRADIENT_METHODS:
-        terms = first | gradient_terms(shape, config, cluster, tokens)
+        terms = first | gradient_terms(shape, config, cluster)
         if several and passes_of_init(config, cluster) == 1:
             terms["gathered"] = _gathered_once(shape, zero, e, terms)
-        found["gradient"] = activations(terms)
+        found["gradient"] = activations("gradient", terms)
     if config.init.method != "lora":
         owned, largest_owned = fullest_owner(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
@@ -104,7 +105,7 @@ def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str,
     p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
     kept = pairs if config.init.method in COMPENSATED_METHODS else 0
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
-    found["step"] = activations(later | states | ({"compensated pairs": kept} if kept else {}))
+    found["step"] = activations("step", later | states | ({"compensated pairs": kept} if kept else {}))
     return found
 
 
@@ -122,7 +123,7 @@ def kept_by_block(shape: Shape, config: Config) -> int:
     return kept
 
 
-def recomputed_blocks(shape: Shape, config: Config, cluster: Cluster, others: int) -> int:
+def recomputed_blocks(shape: Shape, config: Config, cluster: Cluster, phase: str, others: int) -> int:
     """How many blocks are computed again: as ``model.recompute`` says; auto: the fewest that fit beside ``others``."""
     most = max(0, shape.layers - 1)
     asked = config.model.recompute
@@ -131,20 +132,21 @@ def recomputed_blocks(shape: Shape, config: Config, cluster: Cluster, others: in
     fitting = (
         count
         for count in range(most)
-        if others + sum(_activations(shape, config, count, cluster).values()) <= cluster.bytes_per_rank
+        if others + sum(_activations(shape, config, phase, count, cluster).values()) <= cluster.bytes_per_rank
     )
     return next(fitting, most)
 
 
-def recomputed_in(terms: Mapping[str, int], shape: Shape, config: Config) -> int:
+def recomputed_in(phase: str, terms: Mapping[str, int], shape: Shape, config: Config) -> int:
     """The number of blocks behind a phase's ``block_inputs``."""
-    tokens = config.train.micro_batch_size * config.data.max_length
-    return terms["block_inputs"] // (element_bytes(config) * tokens * shape.hidden)
+    return terms["block_inputs"] // (element_bytes(config) * tokens_of(phase, config) * shape.hidden)
 
 
-def _with_activations(shape: Shape, config: Config, cluster: Cluster, terms: Mapping[str, int]) -> dict[str, int]:
-    count = recomputed_blocks(shape, config, cluster, sum(terms.values()))
-    return {**terms, **_activations(shape, config, count, cluster)}
+def _with_activations(
+    shape: Shape, config: Config, cluster: Cluster, phase: str, terms: Mapping[str, int]
+) -> dict[str, int]:
+    count = recomputed_blocks(shape, config, cluster, phase, sum(terms.values()))
+    return {**terms, **_activations(shape, config, phase, count, cluster)}
 
 
 def _gathered_once(shape: Shape, zero: Mapping[str, Any], e: int, terms: Mapping[str, int]) -> int:
@@ -157,8 +159,8 @@ def _gathered_once(shape: Shape, zero: Mapping[str, Any], e: int, terms: Mapping
     return at_the_end + max(0, 2 * e * shape.largest_tensor - terms["owned"] - terms["in_flight"])
 
 
-def _activations(shape: Shape, config: Config, recomputed: int, cluster: Cluster) -> dict[str, int]:
-    e, tokens = element_bytes(config), config.train.micro_batch_size * config.data.max_length
+def _activations(shape: Shape, config: Config, phase: str, recomputed: int, cluster: Cluster) -> dict[str, int]:
+    e, tokens = element_bytes(config), tokens_of(phase, config)
     limit = LOSS_BYTES["cuda" if cluster.backend == "nccl" else "cpu"]
     logits = LOSS_COPIES * min(limit, 4 * tokens * shape.vocabulary)
     inputs = e * tokens * shape.hidden
@@ -169,9 +171,9 @@ def _activations(shape: Shape, config: Config, recomputed: int, cluster: Cluster
     }
 
 
-def gradient_terms(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> dict[str, int]:
+def gradient_terms(shape: Shape, config: Config, cluster: Cluster) -> dict[str, int]:
     """Of the gradient phase alone, beside the base and the activations."""
-    e, on_gpu = element_bytes(config), cluster.backend == "nccl"
+    tokens, e, on_gpu = tokens_of("gradient", config), element_bytes(config), cluster.backend == "nccl"
     owned, _ = fullest_owner(shape, config, cluster)
     largest = max(target.m * target.n for target in shape.targets)
     upcast = 0 if e == 4 or on_gpu else 4 * tokens * max(target.m + target.n for target in shape.targets)
@@ -188,7 +190,7 @@ def krylov_bytes(target: Target, r: int) -> int:
     width = krylov_width(r)
     if min(target.m, target.n) <= FULL_BLOCKS * width:
         return 4 * (target.m + target.n) * min(target.m, target.n)
-    return 4 * BLOCKS_EXPECTED * width * (2 * target.m + 3 * target.n)
+    return 4 * BLOCKS_EXPECTED * width * (3 * target.m + 3 * target.n)
 
 
 def host_bytes(shape: Shape, config: Config, cluster: Cluster) -> int:

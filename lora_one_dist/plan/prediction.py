@@ -32,10 +32,9 @@ def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
     Phases: ``load``, ``gradient`` and ``svd`` (of one layer group; the methods with none have none), ``broadcast``, and
     ``step`` (one optimizer step).  Wire, operations and seconds of the first three are those of all layer groups.
     """
-    tokens = config.train.micro_batch_size * config.data.max_length
     memory = memory_by_phase(shape, config, cluster)
     wire = wire_by_phase(shape, config, cluster)
-    again = {p: recomputed_in(terms, shape, config) for p, terms in memory.items() if p in ("gradient", "step")}
-    operations = operations_by_phase(shape, config, cluster, tokens, again)
+    again = {p: recomputed_in(p, terms, shape, config) for p, terms in memory.items() if p in ("gradient", "step")}
+    operations = operations_by_phase(shape, config, cluster, again)
     seconds = seconds_by_phase(shape, config, cluster, wire, operations, again)
     return Prediction(memory, wire, operations, again, seconds)

@@ -17,6 +17,7 @@ from lora_one_dist.plan.shape import (
     passes_of,
     passes_of_init,
     share_below,
+    tokens_of,
 )
 from lora_one_dist.plan.wire import Wire
 
@@ -26,31 +27,57 @@ PHASES = ("load", "gradient", "gather weights", "svd", "broadcast", "step")
 
 
 def operations_by_phase(
-    shape: Shape, config: Config, cluster: Cluster, tokens: int, recomputed: Mapping[str, int]
+    shape: Shape, config: Config, cluster: Cluster, recomputed: Mapping[str, int]
 ) -> dict[str, float]:
     """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
     by causality; what is ``recomputed``, so many blocks in a phase, counts."""
-    attention = 2.0 * tokens * config.data.max_length * shape.hidden
-    forward = 2.0 * tokens * (shape.parameters - shape.lookup_only) + attention * shape.layers
-    left_out = shape.last_linear if config.model.checkpointing == "non_reentrant" else 0
-    every = (2.0 * tokens * (shape.recomputed - left_out) + attention * (shape.layers - 1)) / max(1, shape.layers - 1)
-    again = {phase: every * count for phase, count in recomputed.items()}
-    weights = 2.0 * tokens * sum(target.m * target.n for target in shape.targets)
+    targets, found = sum(target.m * target.n for target in shape.targets), {}
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
-    parts, found = parts_of_batch(config), {}
+    parts = parts_of_batch(config)
     if config.init.method in GRADIENT_METHODS:
-        passes = parts * passes_of_init(config, cluster)
+        passes, tokens = parts * passes_of_init(config, cluster), tokens_of("gradient", config)
+        forward, again = _forward(shape, config, tokens), _again(shape, config, tokens) * recomputed["gradient"]
         back = sum(1.0 - share_below(shape, group) for group in groups)
-        found["gradient"] = passes * (forward * len(groups) + (forward + again["gradient"]) * back + weights)
+        found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + 2.0 * tokens * targets)
     if config.init.method != "lora":
         needed = singular_vectors_needed(config.init.method, config.lora.r)
         columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
         owned, _ = fullest_owner(shape, config, cluster)
         found["svd"] = 4.0 * columns * owned * len(groups)
-    micro_batches = passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
-    adapters = 6.0 * tokens * config.lora.r * shape.adapter
-    found["step"] = micro_batches * (2 * forward + again["step"] + adapters)
+    passes, tokens = _passes_of_step(config, cluster), tokens_of("step", config)
+    forward, again = _forward(shape, config, tokens), _again(shape, config, tokens) * recomputed["step"]
+    found["step"] = passes * (2 * forward + again + 6.0 * tokens * config.lora.r * shape.adapter)
     return found
+
+
+def needed_operations(shape: Shape, tokens: int, pairs: int) -> tuple[float, float]:
+    """What a step must do at least: 4 N a token for N parameters that are multiplied by, and with attention beside.
+
+    Nothing that is computed again counts, nor what the adapters add.  ``pairs``: sum of the documents' squared lengths.
+    """
+    products = 4.0 * tokens * (shape.parameters - shape.lookup_only)
+    return products, products + 6.0 * pairs * shape.queries * shape.layers  # 2 + 4 forward and back, halved, twice
+
+
+def _passes_of_step(config: Config, cluster: Cluster) -> int:
+    return passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
+
+
+def _attention(shape: Shape, config: Config, tokens: int) -> float:
+    """Of a block."""
+    return 2.0 * tokens * config.data.max_length * shape.hidden
+
+
+def _forward(shape: Shape, config: Config, tokens: int) -> float:
+    products = 2.0 * tokens * (shape.parameters - shape.lookup_only)
+    return products + _attention(shape, config, tokens) * shape.layers
+
+
+def _again(shape: Shape, config: Config, tokens: int) -> float:
+    """To compute a block once more."""
+    left_out = shape.last_linear if config.model.checkpointing == "non_reentrant" else 0
+    products = 2.0 * tokens * (shape.recomputed - left_out) / max(1, shape.layers - 1)
+    return products + _attention(shape, config, tokens)
 
 
 def seconds_by_phase(
@@ -70,7 +97,7 @@ def seconds_by_phase(
         on_wire = moved.inside / cluster.ranks / cluster.inside + moved.between / cluster.ranks / cluster.between
         found[phase] = max(operations.get(phase, 0.0) / speed, on_wire)
     if cluster.backend == "nccl":
-        passes = {"step": passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)}
+        passes = {"step": _passes_of_step(config, cluster)}
         if "gradient" in found:
             passes["gradient"] = config.init.layer_groups * parts_of_batch(config) * passes_of_init(config, cluster)
         for phase, count in passes.items():

@@ -95,6 +95,12 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     )
 
 
+def tokens_of(phase: str, config: Config) -> int:
+    """T, of a micro-batch of ``gradient`` or ``step``."""
+    size = config.init_micro_batch_size if phase == "gradient" else config.train.micro_batch_size
+    return size * config.data.max_length
+
+
 def ranks_a_copy(config: Config, cluster: Cluster) -> int:
     """S: ranks that share one copy of the base."""
     if config.deepspeed.stage != 3:
@@ -132,7 +138,7 @@ def share_below(shape: Shape, group: Sequence[int]) -> float:
 def passes_of_init(config: Config, cluster: Cluster) -> int:
     """Micro-batches that each rank runs for each part of the init batch."""
     samples = -(-config.init.num_samples // parts_of_batch(config))
-    return passes_of(samples, config.train.micro_batch_size, cluster.ranks)
+    return passes_of(samples, config.init_micro_batch_size, cluster.ranks)
 
 
 def passes_of(samples: int, micro_batch_size: int, ranks: int) -> int:

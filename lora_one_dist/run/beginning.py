@@ -103,7 +103,7 @@ def _init_batch(config: Config, tokens: TokenData, pad_token_id: int) -> tuple[l
     indices = batches.global_batch(len(tokens), init.num_samples, 0, config.train.seed)
     samples = [tokens.dataset[i] for i in indices]
     parts = 2 if init.halves and init.method in GRADIENT_METHODS and len(samples) > 1 else 1
-    size = config.train.micro_batch_size
+    size = config.init_micro_batch_size
     return samples, gradient.deal_micro_batches(samples, size, init.average, parts, pad_token_id)
 
 

@@ -19,7 +19,7 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config, ModelConfig
 from lora_one_dist.plan.advice import advice, faster
 from lora_one_dist.plan.prediction import Prediction, predict
-from lora_one_dist.plan.shape import Cluster, shape_of
+from lora_one_dist.plan.shape import Cluster, Shape, shape_of
 from lora_one_dist.run.inputs import Inputs
 
 GB = 1e9
@@ -37,8 +37,8 @@ class Fit:
 
     limit: float
     """Bytes that each rank may fill: the least of all ranks'."""
+    shape: Shape
     prediction: Prediction
-    blocks: int
     faster: list[str]
     """Settings that would fit too and are faster by the plan; none on CPUs, of whose speed it knows nothing."""
 
@@ -53,8 +53,8 @@ class Fit:
     def summary(self) -> str:
         phases = {"initialising": self.count("gradient"), "training": self.count("step")}
         counts = " and ".join(f"{count} while {doing}" for doing, count in phases.items())
-        better = f"; faster, and it would still fit: {'; '.join(self.faster)}" if self.faster else ""
-        return f"of {self.blocks} blocks backward recomputes {counts}, within {self.limit / GB:.1f} GB a rank{better}"
+        text = f"of {self.shape.layers} blocks backward recomputes {counts}, within {self.limit / GB:.1f} GB a rank"
+        return text + (f"; faster, and it would still fit: {'; '.join(self.faster)}" if self.faster else "")
 
 
 def fit(config: Config, read: Inputs, begins: bool) -> Fit:
@@ -79,7 +79,7 @@ def fit(config: Config, read: Inputs, begins: bool) -> Fit:
                 "more is there."
             )
     better = faster(shape, planned, cluster) if cluster.backend == "nccl" else []
-    return Fit(min(limits), predict(shape, planned, cluster), shape.layers, better)
+    return Fit(min(limits), shape, predict(shape, planned, cluster), better)
 
 
 def _as_run(config: Config, read: Inputs, begins: bool) -> Config:

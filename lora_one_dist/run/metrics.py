@@ -27,6 +27,16 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
 
+PEAK_OPERATIONS = {  # by a part of the GPU's name; the first that fits
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "H200": 9.89e14,
+    "GH200": 9.89e14,
+    "A100": 3.12e14,
+}
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors")
 MIB = 2**20
 PROGRESS_SECONDS = 5.0
@@ -236,9 +246,8 @@ class Phases:
         ]
 
 
-def spread_over_ranks(compute_seconds: float) -> dict[str, Any]:
+def spread_over_ranks(seconds: Sequence[float]) -> dict[str, Any]:
     """Slowest and fastest rank of a step by their own seconds, and the largest memory.  Collective."""
-    seconds = comm.all_gather_floats(compute_seconds)
     slowest, fastest = max(seconds), min(seconds)
     return {
         "slowest_rank": seconds.index(slowest),
@@ -247,6 +256,12 @@ def spread_over_ranks(compute_seconds: float) -> dict[str, Any]:
         "fastest_rank_seconds": fastest,
         "peak_bytes": int(max(comm.all_gather_floats(peak_bytes()))),
     }
+
+
+def peak_operations() -> float | None:
+    """A second, of this rank's GPU in dense bf16 as its maker says; None for a CPU or a GPU that is not listed."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for kind, peak in PEAK_OPERATIONS.items() if kind in name), None)
 
 
 def reset_peak_bytes() -> None:

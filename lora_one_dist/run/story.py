@@ -93,7 +93,7 @@ def _from_load_to_summary(
         batches = GlobalBatches(read.train, read.tokenizer.pad_token_id, config)
         first, evaluated = (found.step, found.state["evaluated"]) if found is not None else (0, False)
         with phases("train"):
-            training.train(base, batches, saving, held_loss, first, evaluated, total)
+            training.train(base, batches, saving, held_loss, fitted.shape, first, evaluated, total)
         with phases("evaluate after"):
             after = held_answers()
         record.log(total, after)

@@ -41,15 +41,16 @@ def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, 
     if held is None:
         return {}
     base.module.eval()
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=comm.device())
     size, pad = config.train.micro_batch_size, held.tokenizer.pad_token_id
+    rows = held.tokens.dataset.with_format("numpy")
     with torch.no_grad():
         dealt = batches.deal(len(held.tokens), size, comm.world_size(), comm.rank())
         for done, positions in enumerate(dealt, start=1):
-            samples = [held.tokens.dataset[i] for i in positions or [0]]
-            loss += loss_sum(base.module, batches.collate(samples, pad, weightless=not positions)).double().cpu()
+            batch = batches.collate([rows[i] for i in positions or [0]], pad, weightless=not positions)
+            loss += loss_sum(base.module, batch)
             progress("evaluate, micro-batches", done, len(dealt))
-        values = {"eval_loss": float(comm.all_sum(loss)) / held.tokens.num_targets}
+        values = {"eval_loss": float(comm.all_sum(loss.cpu())) / held.tokens.num_targets}
         if answers and held.prompts:
             values["exact_match"] = _exact_match(base, config, held, progress)
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that is done, the same on all ranks but for ``compute_seconds``."""
+    """An optimizer step that is done, the same on all ranks."""
 
     number: int
     """Steps done so far, this one included."""
@@ -43,34 +44,52 @@ class Step:
     """Of the raw gradient, before clipping."""
     tokens: int
     """Over all ranks, padding excluded."""
-    compute_seconds: float
-    """Of this rank, forward and backward."""
+    pairs: int
+    """Over all ranks, the sum of the documents' squared lengths: what attention works on, which causality halves."""
+    compute_seconds: tuple[float, ...]
+    """Of each rank, forward and backward."""
     stop_asked: bool
     """Has a signal asked any rank to stop?"""
 
 
-@dataclass(frozen=True)
+MicroBatches = list[tuple[list[int], dict[str, torch.Tensor]]]
+
+
 class GlobalBatches:
     """The samples of each step, as functions of the step alone, and this rank's part of them."""
 
-    tokens: TokenData
-    pad_token_id: int
-    config: Config
+    def __init__(self, tokens: TokenData, pad_token_id: int, config: Config):
+        self.tokens, self.pad_token_id, self.config = tokens, pad_token_id, config
+        self.rows = tokens.dataset.with_format("numpy")  # seven times as fast as lists
+        self.num_targets = np.asarray(tokens.dataset["num_targets"])
+        self.pairs = tokens.squared_lengths()
 
     def samples(self, step: int) -> list[int]:
         """Of all ranks, of the step that comes after ``step`` steps."""
         train = self.config.train
         return batches.global_batch(len(self.tokens), train.global_batch_size, step, train.seed)
 
-    def micro_batches(self, samples: Sequence[int]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    def micro_batches(self, step: int) -> MicroBatches:
         """This rank's part: samples and their tensors.
 
         A rank without a micro-batch of its own gets no samples and a weightless copy: the collectives need every rank.
         """
-        size = self.config.train.micro_batch_size
+        size, samples, made = self.config.train.micro_batch_size, self.samples(step), []
         for positions in batches.deal(len(samples), size, comm.world_size(), comm.rank()):
-            rows = [self.tokens.dataset[samples[i]] for i in positions or [0]]
-            yield [samples[i] for i in positions], batches.collate(rows, self.pad_token_id, weightless=not positions)
+            rows = [self.rows[samples[i]] for i in positions or [0]]
+            tensors = batches.collate(rows, self.pad_token_id, weightless=not positions)
+            made.append(([samples[i] for i in positions], tensors))
+        return made
+
+    def ahead(self, first: int, total: int) -> Iterator[MicroBatches]:
+        """Those of each step, made by a thread while the step before runs."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            made = pool.submit(self.micro_batches, first)
+            for step in range(first, total):
+                ready = made.result()
+                if step + 1 < total:
+                    made = pool.submit(self.micro_batches, step + 1)
+                yield ready
 
 
 def steps(
@@ -83,22 +102,22 @@ def steps(
     Raises:
         TrainError: on all ranks, if a loss or gradient is not finite: naming samples and layer.  Nothing was updated.
     """
-    num_targets = np.asarray(batches.tokens.dataset["num_targets"])
-    for step in range(first, total):
+    for step, own in enumerate(batches.ahead(first, total), start=first):
         samples = batches.samples(step)
         began = time.monotonic()
-        loss, tokens = _forward_backward(base, batches, step, samples, int(num_targets[samples].sum()))
-        compute_seconds = time.monotonic() - began
+        loss = _forward_backward(base, batches, step, own, int(batches.num_targets[samples].sum()))
         rate = optim.learning_rate(step, total, optimizer.config)
-        sums = torch.tensor([loss, tokens, comm.stop_asked()], dtype=torch.float64)
-        loss, tokens, asked = comm.all_sum(sums).tolist()
+        norm, rows = optimizer.reduce(loss, comm.stop_asked(), time.monotonic() - began)
+        losses, asked, seconds = zip(*rows, strict=True)
+        loss = sum(losses)
         try:
             if not math.isfinite(loss):
                 raise TrainError(f"the loss of step {step + 1} is {loss}. Lower optim.lr.")
-            norm = optimizer.step(rate)
+            optimizer.update(rate, norm)
         except (TrainError, optim.NonFiniteError) as error:
-            raise TrainError(f"{error} {_explain(base, optimizer, batches, step, samples)}") from None
-        yield Step(step + 1, loss, rate, norm, int(tokens), compute_seconds, bool(asked))
+            raise TrainError(f"{error} {_explain(base, optimizer, batches, step)}") from None
+        tokens, pairs = (int(counts[samples].sum()) for counts in (batches.tokens.lengths, batches.pairs))
+        yield Step(step + 1, loss, rate, norm, tokens, pairs, seconds, any(asked))
 
 
 def _seed_dropout(config: Config, step: int) -> None:
@@ -106,29 +125,24 @@ def _seed_dropout(config: Config, step: int) -> None:
     torch.manual_seed(seed_of(config.train.seed, "dropout", step, comm.rank()) % 2**63)
 
 
-def _forward_backward(
-    base: Base, batches: GlobalBatches, step: int, samples: Sequence[int], targets: int
-) -> tuple[float, int]:
-    """This rank's micro-batches of one global batch.  Returns its part of the mean loss and its number of tokens."""
-    loss, tokens = torch.zeros((), dtype=torch.float64, device=comm.device()), 0
+def _forward_backward(base: Base, batches: GlobalBatches, step: int, own: MicroBatches, targets: int) -> float:
+    """This rank's micro-batches of one global batch.  Returns its part of the mean loss."""
+    loss = torch.zeros((), dtype=torch.float64, device=comm.device())
     _seed_dropout(batches.config, step)
-    for own, batch in batches.micro_batches(samples):
+    for _, batch in own:
         part = loss_sum(base.module, batch, 1 / targets)
         part.backward()
         base.release()
         loss += part.detach()
-        tokens += int(batch["attention_mask"].sum()) if own else 0
-    return float(loss), tokens
+    return float(loss)
 
 
-def _explain(
-    base: Base, optimizer: optim.LayerShardedOptimizer, batches: GlobalBatches, step: int, samples: Sequence[int]
-) -> str:
+def _explain(base: Base, optimizer: optim.LayerShardedOptimizer, batches: GlobalBatches, step: int) -> str:
     """Run the step once more, a micro-batch at a time, to name the samples and the layer.  Collective."""
     found = []
     optimizer.take_non_finite()
     _seed_dropout(batches.config, step)
-    for own, batch in batches.micro_batches(samples):
+    for own, batch in batches.micro_batches(step):
         with first_non_finite(base.module) as first:
             loss_sum(base.module, batch).backward()
         base.release()

@@ -9,7 +9,7 @@ One step, all ranks together:
 
 1. accumulate      during backward each gradient is added to its place in one flat fp32 send buffer, ordered by owner
 2. reduce_scatter  the sum over ranks of each owner's part arrives at the owner, in a fixed order of adding
-3. clip            one number from each rank: the raw gradient's global norm
+3. clip            by the raw gradient's global norm: one number from each rank, with which others travel
 4. update          the owner preconditions and takes the step on its masters
 5. all_gather      the working copies (bf16 or fp32) go to every rank; the adapters are views of what arrives
 
@@ -23,7 +23,7 @@ moment on L ranks a host, and step 4 its result, 4 bytes per element of the larg
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,20 +71,24 @@ def precondition(
     new_A, new_B = torch.empty_like(grad_A, dtype=torch.float32), torch.empty_like(grad_B, dtype=torch.float32)
     layers = max(1, CHUNK[A.device.type] // (A[0].numel() + B[0].numel()))
     stacks = (tensor.split(layers) for tensor in (A, B, grad_A, grad_B, new_A, new_B))
+    failed = []
     for A_i, B_i, grad_A_i, grad_B_i, new_A_i, new_B_i in zip(*stacks, strict=True):
         A64, B64 = A_i.double(), B_i.double()
-        new_A_i.copy_(_damped_inverse(B64.mT @ B64, damping) @ grad_A_i.double())
-        new_B_i.copy_(grad_B_i.double() @ _damped_inverse(A64 @ A64.mT, damping))
+        inverse_B, failed_B = _damped_inverse(B64.mT @ B64, damping)
+        inverse_A, failed_A = _damped_inverse(A64 @ A64.mT, damping)
+        new_A_i.copy_(inverse_B @ grad_A_i.double())
+        new_B_i.copy_(grad_B_i.double() @ inverse_A)
+        failed += [failed_A, failed_B]
+    if bool(torch.cat(failed).any()):  # asked once: a GPU would be waited for each time
+        raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
     return new_A, new_B
 
 
-def _damped_inverse(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Of r x r matrices: a product with it takes half the time of solving for each column."""
+def _damped_inverse(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of r x r matrices, and which have none: a product with it takes half the time of solving for each column."""
     gram.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, info = torch.linalg.cholesky_ex(gram)
-    if bool(info.any()):
-        raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(factor), info
 
 
 def adamw_(
@@ -187,8 +191,14 @@ def _move_to_main_grad(parameter: Any) -> None:
     parameter.grad_added_to_main_grad = True
 
 
+def _exact_sum(values: Iterable[float]) -> float:
+    """Rounded once; what is not finite stays so."""
+    terms = list(values)
+    return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
+
+
 class LayerShardedOptimizer:
-    """The optimizer of all adapters.  Construct and ``step`` on every rank; the adapters must be equal on all.
+    """The optimizer of all adapters.  Construct, ``reduce`` and ``update`` on every rank, with equal adapters on all.
 
     From construction on each adapter parameter is a view of one flat working buffer, and its ``main_grad``, to which
     backward adds (:mod:`lora_one_dist.adapters.branch`), one of the flat fp32 send buffer.
@@ -222,27 +232,40 @@ class LayerShardedOptimizer:
         adamw = config.name == "adamw"
         self.first = torch.zeros_like(self.masters) if adamw else None
         self.second = torch.zeros_like(self.masters) if adamw else None
+        self.grads: torch.Tensor | None = None
         self.steps = 0
         self.checked = False
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Reduce, clip, precondition, update, share.  Collective.
+    def reduce(self, *carried: float) -> tuple[float, list[tuple[float, ...]]]:
+        """Sum the gradients of all ranks at their owners.  Collective: the only one of a step for numbers on the host.
 
         Args:
-            lr: of lora_A; lora_B's is ``lr_ratio_b`` times it.
+            carried: other numbers of this rank that all shall know.
 
         Returns:
-            Global norm of the raw gradient, before clipping.
+            Global norm of the raw gradient, not finite if any of it is not; and by rank what each carried.
+        """
+        self.grads = hierarchy.reduce_scatter(self.send)
+        self.send.zero_()
+        rows = comm.all_gather_rows([*carried, spectral.frobenius_norm(self.grads) ** 2])
+        # The sum is exact: who owns what must not change the last bit.
+        return math.sqrt(_exact_sum(row[-1] for row in rows)), [row[:-1] for row in rows]
+
+    @torch.no_grad()
+    def update(self, lr: float, norm: float) -> None:
+        """Clip, precondition, step, share.  Collective.
+
+        Args:
+            lr: of lora_A; lora_B's is ``lr_ratio_b`` times it.  norm: from :meth:`reduce`.
 
         Raises:
             NonFiniteError: on all ranks, naming the layers; nothing was updated.
             RankError: on all ranks, naming the layer, if in the first step with lr > 0 a gradient is missing, or zero
                 where its partner is not.
         """
-        grads = hierarchy.reduce_scatter(self.send)
-        self.send.zero_()
-        norm = self._global_norm(grads)
+        grads, self.grads = self.grads, None
+        assert grads is not None, "reduce comes first"
         if not math.isfinite(norm):
             # An fp64 norm of finite fp32 elements cannot overflow: some element is not finite.
             named = comm.all_gather_object(self._name_non_finite(grads))
@@ -254,12 +277,10 @@ class LayerShardedOptimizer:
         if self.config.max_grad_norm > 0:
             grads.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))  # 1e-6 as torch.clip_grad_norm_
         self.steps += 1
-        with comm.all_or_none("updating the adapters"):
-            self._update(grads, lr)
+        self._update(grads, lr)
         self._share()
         for parameter in self.parameters.values():
             parameter.grad_added_to_main_grad = False
-        return norm
 
     def take_non_finite(self) -> list[str]:
         """Names of this rank's own gradients so far that are not finite; forgets all so far.  Not collective."""
@@ -296,11 +317,6 @@ class LayerShardedOptimizer:
     def _share(self) -> None:
         self.own_working.copy_(self.masters)
         hierarchy.all_gather(self.working, self.own_working.clone())
-
-    @staticmethod
-    def _global_norm(grads: torch.Tensor) -> float:
-        squares = comm.all_gather_floats(spectral.frobenius_norm(grads) ** 2)
-        return math.sqrt(math.fsum(squares))  # exact: who owns what must not change the last bit
 
     def _own_blocks(self) -> Iterator[Block]:
         return (block for block in self.layout.blocks if block.owner == hierarchy.slot())

@@ -113,14 +113,15 @@ def test_a_packed_row_and_its_batch_by_hand():
     assert data.lengths.tolist() == [6, 3]
     assert [data.rows_of(i) for i in range(2)] == [[1, 2], [0]]
     assert data.rows.tolist() == [1, 2, 0]
-    assert data.dataset[0] == {
+    assert {name: np.asarray(value).tolist() for name, value in data.dataset[0].items()} == {
         "input_ids": [8, 9, 4, 3, 2, 1],
         "labels": [-100, 9, -100, -100, 2, 1],
         "lengths": [2, 4],
         "num_targets": 3,
     }
-    assert data.dataset[1]["labels"] == [-100, 6, 7], "a first token is no target"
+    assert data.dataset[1]["labels"].tolist() == [-100, 6, 7], "a first token is no target"
     assert data.dataset["num_targets"].tolist() == [3, 2]
+    assert data.squared_lengths().tolist() == [2 * 2 + 4 * 4, 3 * 3]
     batch = collate([data.dataset[0], data.dataset[1]], pad_token_id=0)
     expected = {
         "input_ids": [[8, 9, 4, 3, 2, 1], [5, 6, 7, 0, 0, 0]],

@@ -472,7 +472,7 @@ def train_with_a_fault(raw: dict, kind: str) -> str:
     from lora_one_dist.run.story import run
     from lora_one_dist.train import loop, optim
 
-    forward, update = loop._forward_backward, optim.LayerShardedOptimizer.step
+    forward, update = loop._forward_backward, optim.LayerShardedOptimizer.reduce
 
     def spoiled(base, batches, step, *rest):
         if step == 3 and kind == "embedding":
@@ -481,12 +481,12 @@ def train_with_a_fault(raw: dict, kind: str) -> str:
             )
         return forward(base, batches, step, *rest)
 
-    def overflowing(self, lr):
+    def overflowing(self, *carried):
         if self.steps == 3 and kind == "gradient" and comm.rank() == 1:
             self.layout.views(self.send)[0][1][0, 0] = torch.inf  # lora_B of the first layer
-        return update(self, lr)
+        return update(self, *carried)
 
-    loop._forward_backward, optim.LayerShardedOptimizer.step = spoiled, overflowing
+    loop._forward_backward, optim.LayerShardedOptimizer.reduce = spoiled, overflowing
     try:
         run(parse_config(raw))
     except loop.TrainError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
 from tests import models, reference
 from tests.base.checkpoints import changed, rename
-from tests.ranks import run_ranks
+from tests.ranks import run_commands, run_ranks
 from tests.runs import metrics, peft_eval_loss, refused, settings, train
 
 
@@ -250,7 +251,6 @@ def one_rank_fails(raw, module, function):
     [
         ("base.sharding", "_read_own", "reading the base"),
         ("initialise.spectral", "truncated_svd", "initialising adapters"),
-        ("train.optim", "_damped_inverse", "updating the adapters"),
     ],
 )
 def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing, model_folder, tmp_path):
@@ -258,6 +258,13 @@ def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing,
     for message in run_ranks(2, one_rank_fails, raw, module, function):
         assert message.startswith("rank 1 on")
         assert f"failed while {doing}: OSError: stale file handle" in message
+
+
+def test_failure_of_one_rank_in_its_update_ends_all_with_its_message(model_folder, tmp_path):
+    raw = settings(model_folder("llama"), tmp_path / "run")
+    ended = run_commands(tmp_path, 2, one_rank_fails, raw, "train.optim", "_damped_inverse")
+    assert all(code != 0 for code, _ in ended)
+    assert all(re.search(r"^rank 1 on \S+ failed: OSError: stale file handle", said, re.M) for _, said in ended)
 
 
 def test_pattern_that_finds_no_answer_is_refused(model_folder, tmp_path):

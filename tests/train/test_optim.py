@@ -61,7 +61,10 @@ def train_pairs(config: OptimConfig, micro_batches: int):
                 for a, (gA, gB) in zip(adapters, gradients(step, k), strict=True)
             )
             loss.backward()
-        norms.append(optimizer.step(config.lr / (step + 1)))
+        norm, rows = optimizer.reduce(float(comm.rank()))
+        assert rows == [(float(rank),) for rank in range(comm.world_size())]
+        optimizer.update(config.lr / (step + 1), norm)
+        norms.append(norm)
     return [(a.A.detach().clone(), a.B.detach().clone()) for a in adapters], norms
 
 
@@ -186,7 +189,8 @@ def bad_gradients(kind: str):
         loss = loss + A[0].sum() * (float("nan") if comm.rank() == comm.world_size() - 1 else 1.0)
     loss.backward()
     try:
-        optimizer.step(0.0 if kind == "zero-rate" else 1e-3)
+        norm, _ = optimizer.reduce()
+        optimizer.update(0.0 if kind == "zero-rate" else 1e-3, norm)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

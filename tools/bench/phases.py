@@ -118,19 +118,18 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
             row["inside"] += after[0] - before[0]
             row["between"] += after[1] - before[1]
 
-    stock_phases, stock_step = metrics.Phases, optim.LayerShardedOptimizer.step
+    stock_phases, stock_step = metrics.Phases, optim.LayerShardedOptimizer.update
 
-    def step(self: Any, lr: float) -> float:
-        norm = stock_step(self, lr)
+    def step(self: Any, lr: float, norm: float) -> None:
+        stock_step(self, lr, norm)
         step_ends.append(sent())
-        return norm
 
-    metrics.Phases, optim.LayerShardedOptimizer.step = Metered, step  # type: ignore[misc, method-assign]
+    metrics.Phases, optim.LayerShardedOptimizer.update = Metered, step  # type: ignore[misc, method-assign]
     try:
         with counted:
             run(parse_config(raw))
     finally:
-        metrics.Phases, optim.LayerShardedOptimizer.step = stock_phases, stock_step  # type: ignore[misc, method-assign]
+        metrics.Phases, optim.LayerShardedOptimizer.update = stock_phases, stock_step  # type: ignore[misc, method-assign]
     last = STEPS - 3  # steps that count: the first ones also record what DeepSpeed fetches
     found["step"] = {
         "peak": found.pop("train")["peak"],
