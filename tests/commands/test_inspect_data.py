@@ -46,7 +46,7 @@ def tokens_of(run, *overrides):
 
 def expected(ids, labels, tokenizer):
     """The words of a document, those with a loss in [[...]], by token."""
-    words = tokenizer.convert_ids_to_tokens(ids)
+    words = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
     text, inside = "", False
     for i, (word, label) in enumerate(zip(words, labels, strict=True)):
         is_target = i > 0 and label != -100

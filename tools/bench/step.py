@@ -1,7 +1,7 @@
 """Tokens a second while training, against HF Trainer + PEFT; and what the preconditioner adds.
 
     python tools/bench/step.py                              2 ranks, 400 M parameters, ZeRO-3 and stage 0
-    python tools/bench/step.py --checkpointing none,reentrant,non_reentrant
+    python tools/bench/step.py --recompute all:non_reentrant,none:none,7:reentrant    ours, and HF Trainer's
     python tools/bench/step.py --short                      a smaller model and fewer steps, for make bench
 
 Both train adapters of the same rank on all linear layers with AdamW, fp32 on a CPU and bf16 on a GPU, the same ZeRO
@@ -61,7 +61,7 @@ def read_steps(lines: Path, peaks: list[int]) -> float:
 
 
 def ours(
-    folder: Path, ranks: int, steps: int, length: int, zero: str, checkpointing: str, peaks: list[int], r: int = R
+    folder: Path, ranks: int, steps: int, length: int, zero: str, recompute: str, peaks: list[int], r: int = R
 ) -> float:
     """Seconds of a step of a run of ours."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -73,8 +73,7 @@ def ours(
             "model": {
                 "path": str(folder / "model"),
                 "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-                **({"recompute": checkpointing} if checkpointing in ("none", "auto") else {"recompute": "all"}),
-                **({"checkpointing": checkpointing} if checkpointing.endswith("reentrant") else {}),
+                "recompute": int(recompute) if recompute.isdigit() else recompute,
             },
             "data": {"train": str(scratch / "train.jsonl"), "format": "text", "max_length": length},
             "lora": {"r": r, "alpha": ALPHA},
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sample, one sample a rank and step")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpointing", default="non_reentrant")
+    parser.add_argument("--recompute", default="all:non_reentrant,none:non_reentrant,none:none")
     parser.add_argument("--stages", default="stage 3,stage 0")
     parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
@@ -148,16 +147,18 @@ def main() -> None:
         print(f"{parameters / 1e6:.0f} M parameters, {ranks} ranks, {length} tokens a rank and step, r {R}")
         rows = []
         steps_at: dict[int, float] = {}
-        stages, kinds = arguments.stages.split(","), arguments.checkpointing.split(",")
+        stages, kinds = arguments.stages.split(","), [pair.split(":") for pair in arguments.recompute.split(",")]
         for stage in stages:
-            for checkpointing in kinds:
-                common = (folder, ranks, arguments.steps, length, JSONS[stage], checkpointing)
+            for recompute, checkpointing in kinds:
+                common = (folder, ranks, arguments.steps, length, JSONS[stage])
                 peaks: dict[str, list[int]] = {"ours": [], "HF Trainer": []}
-                runs = {"ours": ours, "HF Trainer": hf_trainer}
-                work = {name: partial(run, *common, peaks[name]) for name, run in runs.items()}
+                work = {
+                    "ours": partial(ours, *common, recompute, peaks["ours"]),
+                    "HF Trainer": partial(hf_trainer, *common, checkpointing, peaks["HF Trainer"]),
+                }
                 seconds = harness.alternate(work, arguments.rounds)
                 ratio = harness.paired_ratio(seconds["HF Trainer"], seconds["ours"])
-                row = {"stage": stage, "checkpointing": checkpointing}
+                row = {"stage": stage, "ours recomputes": recompute, "HF": checkpointing}
                 measured = {name: harness.summary(values) for name, values in seconds.items()}
                 details = {"parameters": parameters, "ranks": ranks, "length": length, "seconds": measured}
                 details["peak_bytes"] = peaks
@@ -171,7 +172,7 @@ def main() -> None:
         torch.set_num_threads(1)  # as a rank has
         for r in (R, 2 * R, 8 * R):
             if r not in steps_at:
-                steps_at[r] = ours(folder, ranks, arguments.steps, length, JSONS[stages[0]], kinds[0], [], r)
+                steps_at[r] = ours(folder, ranks, arguments.steps, length, JSONS[stages[0]], kinds[0][0], [], r)
             step = steps_at[r]
             seconds = preconditioner_seconds(folder, r, ranks, 5)
             added = median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))
