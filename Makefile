@@ -3,6 +3,7 @@
 # make test-rest  what make test leaves out: CI runs both, each test once
 # make test-full  all of it; with SLURM, pdsh, sshd and Open MPI installed and as root, on four hosts too
 # make bench      short benchmarks against PEFT, the authors' recipe and HF Trainer; longer ones: tools/bench/README.md
+# make gpu        is this machine right for a run, and how fast? (tools/gpu/README.md); on a CPU what a CPU can show
 # make lint       style, import rules and types
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ else
 LAUNCH := $(BIN)/deepspeed
 endif
 
-.PHONY: demo test test-rest test-full bench lint clean
+.PHONY: demo test test-rest test-full bench gpu lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -38,6 +39,10 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench/init.py --short
 	$(BIN)/python tools/bench/step.py --short
 	$(BIN)/python tools/bench/phases.py --short
+
+# Also where nothing can be installed: then by the Python that is there.
+gpu:
+	$(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON)) tools/gpu/battery.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -105,6 +105,11 @@ class Base:
             yield
 
 
+def accelerator() -> str:
+    """The one that DeepSpeed has picked: cuda or cpu.  Not collective."""
+    return deepspeed.accelerator.get_accelerator()._name
+
+
 def deepspeed_config(policy: dict[str, Any], dtype: str, micro_batch_size: int) -> dict[str, Any]:
     """The ZeRO JSON with what the run's config decides: precision and micro-batch.  Pure."""
     # DeepSpeed's "memory efficient" linear saves every input for a weight gradient that a frozen base never has.

@@ -59,19 +59,25 @@ def make_model(folder: Path, shape: tuple[int, ...]) -> int:
     Returns:
         The number of parameters.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = model_config(shape)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(model_config(shape))
     model.save_pretrained(folder)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, config.vocab_size)}}
+    save_tokenizer(folder, shape[-1])
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_tokenizer(folder: Path, words: int) -> None:
+    """Write the tokenizer of one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def alternate(measures: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -115,21 +121,23 @@ def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def record(bench: str, row: Mapping[str, Any]) -> None:
-    """Append a row to results/bench.jsonl, with date, hardware, versions, commit and command."""
-    found = {
-        "bench": bench,
+def about() -> dict[str, Any]:
+    """What a number needs beside it: date, hardware, versions, commit and command."""
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
         "command": "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
-        **row,
     }
+
+
+def record(bench: str, row: Mapping[str, Any]) -> None:
+    """Append a row to results/bench.jsonl, with what :func:`about` says."""
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
+        file.write(json.dumps({"bench": bench, **about(), **row}) + "\n")
 
 
 @functools.cache
