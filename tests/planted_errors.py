@@ -100,7 +100,8 @@ ERRORS = [
             (
                 "        part = loss_sum(base.module, batch, 1 / targets)\n",
                 "        own_targets = max(1, int((batch['labels'][:, 1:] != -100).sum()))\n"
-                "        part = loss_sum(base.module, batch, len(own) / own_targets / len(samples))\n",
+                "        own_targets *= len(own) * comm.world_size()\n"
+                "        part = loss_sum(base.module, batch, 1 / own_targets)\n",
             ),
         ),
         "run/test_story.py",
@@ -118,8 +119,8 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                "        new_B_i.copy_(grad_B_i.double()",
-                "        A64 = A64 - 1e-2 * new_A_i\n        new_B_i.copy_(grad_B_i.double()",
+                "        inverse_A, failed_A",
+                "        A64 = A64 - 1e-2 * (inverse_B @ grad_A_i.double())\n        inverse_A, failed_A",
             ),
         ),
         "train/test_optim.py",
@@ -397,9 +398,8 @@ ERRORS = [
         "train/loop.py",
         (
             (
-                "    _seed_dropout(batches.config, step)\n"
-                "    for own, batch in batches.micro_batches(samples):\n        part",
-                "    for own, batch in batches.micro_batches(samples):\n        part",
+                "    _seed_dropout(batches.config, step)\n    for _, batch in own:\n",
+                "    for _, batch in own:\n",
             ),
         ),
         "run/test_killed.py",
@@ -448,8 +448,8 @@ ERRORS = [
         "train/loop.py",
         (
             (
-                "loss, tokens, asked = comm.all_sum(sums).tolist()",
-                "loss, tokens, _ = comm.all_sum(sums).tolist()\n        asked = comm.stop_asked()",
+                "        losses, asked, seconds = zip(*rows, strict=True)\n",
+                "        losses, _, seconds = zip(*rows, strict=True)\n        asked = (comm.stop_asked(),)\n",
             ),
         ),
         "run/test_resume.py",
@@ -485,7 +485,7 @@ ERRORS = [
     Planted(
         "a packed document's first token is predicted from the one before",
         "data/packing.py",
-        (("[IGNORE_INDEX, *document[1:]]", "document"),),
+        (("        labels[np.cumsum([0, *lengths[:-1]])] = IGNORE_INDEX\n", ""),),
         "data/test_packing.py",
         "llama or document",
     ),
@@ -557,7 +557,6 @@ def noticed(error: Planted) -> bool:
         path = copy / "lora_one_dist" / error.file
         text = path.read_text(encoding="utf-8")
         for old, new in error.edits:
-            assert old in text, f"{error.name}: {error.file} changed, mend this list"
             text = text.replace(old, new, 1)
         path.write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{error.tests}", "-k", error.only]
@@ -566,8 +565,18 @@ def noticed(error: Planted) -> bool:
         return result.returncode == 1
 
 
+def stale(error: Planted) -> bool:
+    """Is a text that it replaces no longer there?"""
+    text = (ROOT / "lora_one_dist" / error.file).read_text(encoding="utf-8")
+    return any(old not in text for old, _ in error.edits)
+
+
 def main() -> int:
     chosen = [error for error in ERRORS if not sys.argv[1:] or error.name in sys.argv[1:]]
+    mend = [error.name for error in ERRORS if stale(error)]
+    if mend:
+        print(f"the code has changed under these, mend them in this list: {'; '.join(mend)}")
+        return 1
     missed = 0
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         for error, caught in zip(chosen, pool.map(noticed, chosen), strict=True):
