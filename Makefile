@@ -28,9 +28,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
 
-# One process: four hosts of ranks take both cores.
+# Four hosts of ranks take both cores: one process for those.
 test-rest: $(INSTALLED)
-	$(BIN)/pytest -m full
+	$(BIN)/pytest -n 2 --dist loadfile -m "full and not four_hosts" --durations=20
+	$(BIN)/pytest -m "full and four_hosts" --durations=20
 
 test-full: test test-rest
 

@@ -33,6 +33,14 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the four hosts take both cores, and run one at a time: marked, to be chosen by that."""
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if {"hosts", "fresh_hosts"} & set(item.fixturenames) - set(given):
+            item.add_marker(pytest.mark.four_hosts)
+
+
 def _hosts(folder):
     reason = four_hosts.unavailable()
     if reason is not None:

@@ -210,6 +210,7 @@ def test_logged_signal_is_told_at_once_and_the_process_goes_on(start):
         return "went on"
 
     job = start(act, act)
+    time.sleep(0.2)  # they are inside the call by then
     for rank, host in ((0, "a"), (1, "b")):
         job.signal(rank, signal.SIGUSR1)
         job.await_log(rank, f"rank {rank} on {host}: SIGUSR1, stops when it next can\n")

@@ -19,7 +19,8 @@ SAMPLES = 8
 CASES = [
     # kind, world size, ZeRO JSON, checkpointing, buffer, layer groups, parts, micro-batch, average; in the place of the
     # world size a letter for each rank's host, and then the base is sharded inside each host. Released: ZeRO-3 keeps
-    # no block for reuse, as it keeps none of most blocks of a large model. Singly: it gathers layers, not blocks.
+    # no block for reuse, as it keeps none of most blocks of a large model. Singly: it gathers layers, not blocks. A
+    # number behind the checkpointing: so many blocks are recomputed, else all.
     ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
     ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
     ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
@@ -31,6 +32,8 @@ CASES = [
     ("qwen2", 2, "zero3 released", "non_reentrant", "device", 3, 1, 1, "micro_batch"),
     ("llama", 2, "zero3 released", "none", "device", 1, 1, 1, "token"),
     ("qwen2", 3, "stage0", "non_reentrant", "host", 1, 2, 1, "token"),
+    ("llama", 2, "zero3 released", "non_reentrant 2", "device", 3, 1, 1, "token"),
+    ("qwen2", 3, "zero3", "reentrant 1", "device", 1, 1, 2, "token"),
     ("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"),
     ("qwen2", 4, "zero3", "reentrant", "device", 1, 2, 1, "token"),
     ("qwen2", 4, "stage0", "none", "device", 3, 1, 1, "token"),

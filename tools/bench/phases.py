@@ -2,6 +2,7 @@
 
     python tools/bench/phases.py              three models, 1 host of 2 ranks and 2 of 2, both shard groups
     python tools/bench/phases.py --short      one model, 2 hosts of 2 ranks, shard group node, for make bench
+    python tools/bench/phases.py --limits     three models, 512 tokens a sample, in a memory for half of the blocks
     python tools/bench/phases.py --replan     runs nothing: the last measured rows beside the planner as it is now
 
 Each row is a real run (launch/train.py's road) on ranks of this machine, over gloo in fp32.  Memory is the peak of live
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -32,6 +34,8 @@ from tools.bench import harness
 from tools.bench.tensor_bytes import TensorBytes
 
 MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, words
+    "30M": (384, 1024, 12, 6, 2, 8192),
+    "60M": (512, 1408, 16, 8, 4, 8192),
     "120M": (768, 2048, 14, 12, 12, 8192),
     "500M": (1024, 2816, 36, 16, 16, 32000),
     "700M": (1536, 4096, 24, 12, 12, 4096),
@@ -40,14 +44,17 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
 JOBS = [(1, 2, "world"), (2, 2, "world"), (2, 2, "node")]  # hosts, ranks a host, group: one host's two are the same
 ZERO = {"stage3_max_reuse_distance": 0}  # its default would keep all of models as small as these
 STEPS, LENGTH, R = 5, 32, 8
+LONG = 512  # tokens, where it is the activations that fill the memory
 LONGEST_SECONDS = 1200  # of a run
 CHECKED = ("load", "gradient", "svd", "broadcast", "step")
 MIB = 2**20
 
 
-def write_run(folder: Path, name: str, ranks: int, shard_group: str, zero: dict[str, int]) -> dict[str, Any]:
+def write_run(
+    folder: Path, name: str, ranks: int, shard_group: str, zero: dict[str, int], length: int = LENGTH
+) -> dict[str, Any]:
     """The config of a run in ``folder/name``, and its data and ZeRO JSON."""
-    words = " ".join(f"w{3 + i % 60}" for i in range(LENGTH + 8))  # cut at max_length
+    words = " ".join(f"w{3 + i % 60}" for i in range(length + 8))  # cut at max_length
     rows = "\n".join([json.dumps({"text": words})] * (ranks * STEPS))
     (folder / "train.jsonl").write_text(rows, encoding="utf-8")
     policy = {
@@ -59,7 +66,7 @@ def write_run(folder: Path, name: str, ranks: int, shard_group: str, zero: dict[
     (folder / "zero.json").write_text(json.dumps(policy), encoding="utf-8")
     return {
         "model": {"path": str(folder / name), "dtype": "fp32", "recompute": "all"},
-        "data": {"train": str(folder / "train.jsonl"), "format": "text", "max_length": LENGTH},
+        "data": {"train": str(folder / "train.jsonl"), "format": "text", "max_length": length},
         "lora": {"r": R, "alpha": 2 * R},
         "init": {"num_samples": 2 * ranks},
         "optim": {"lr": 1e-4},
@@ -157,7 +164,9 @@ def predicted(raw: dict[str, Any], hosts: int, ranks_per_host: int) -> Any:
     skeleton = build_skeleton(settings.model, Path(settings.model.path))
     threshold = settings.deepspeed.zero["stage3_param_persistence_threshold"]
     shape = shape_of(skeleton, find_targets(skeleton, settings.lora), threshold)
-    return predict(shape, settings, Cluster(hosts, ranks_per_host, backend="gloo"))
+    limit = settings.model.memory_gb
+    room = math.inf if limit == "auto" else 1e9 * limit
+    return predict(shape, settings, Cluster(hosts, ranks_per_host, bytes_per_rank=room, backend="gloo"))
 
 
 def compare(measured: dict[str, dict[str, Any]], prediction: Any, separate: bool) -> list[dict[str, Any]]:
@@ -179,6 +188,15 @@ def compare(measured: dict[str, dict[str, Any]], prediction: Any, separate: bool
             row[f"{kind} ratio"] = sent / plan if plan else "-"
         rows.append(row)
     return rows
+
+
+def within(raw: dict[str, Any], ranks_per_host: int) -> None:
+    """Let the run recompute as few blocks as a memory asks for that lies between what all and what none take."""
+    peaks = {}
+    for recompute in ("none", "all"):
+        raw["model"]["recompute"] = recompute
+        peaks[recompute] = predicted(raw, 1, ranks_per_host).peak("step")
+    raw["model"] |= {"recompute": "auto", "memory_gb": (peaks["none"] + peaks["all"]) / 2e9}
 
 
 def on_separate_hosts(raw: dict[str, Any], folder: Path, hosts: int, ranks_per_host: int) -> dict[str, dict[str, Any]]:
@@ -247,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="500M,700M,1B")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--limits", action="store_true")
     parser.add_argument("--replan", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
@@ -259,6 +278,8 @@ def main() -> None:
     jobs_asked, names = JOBS, arguments.models.split(",")
     if arguments.short:
         jobs_asked, names = JOBS[-1:], ["120M"]
+    if arguments.limits:
+        jobs_asked, names = JOBS[:1], ["30M", "60M", "120M"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -269,7 +290,9 @@ def main() -> None:
             parameters = harness.make_model(folder / name, MODELS[name])
             for hosts, each, group in jobs_asked:
                 separate = hosts > 1 and not virtual.unavailable()
-                raw = write_run(folder, name, hosts * each, group, ZERO)
+                raw = write_run(folder, name, hosts * each, group, ZERO, LONG if arguments.limits else LENGTH)
+                if arguments.limits:
+                    within(raw, each)
                 prediction = predicted(raw, hosts, each)
                 if separate:
                     measured = on_separate_hosts(raw, folder, hosts, each)
@@ -278,6 +301,8 @@ def main() -> None:
                     measured = ranks.run_ranks(hosts * each, measure, raw, False, hosts=hostnames)[0]
                 found = compare(measured, prediction, separate)
                 about = {"model": name, "ranks": f"{hosts}x{each}", "shard_group": group}
+                if arguments.limits:
+                    about |= {"memory_gb": round(raw["model"]["memory_gb"], 4), "recomputed": prediction.recomputed}
                 for row in found:
                     harness.record("phases", {**about, "parameters": parameters, "separate": separate, **row})
                 print(f"\n{about}, {parameters / 1e6:.0f} M parameters", "separate hosts" if separate else "")
