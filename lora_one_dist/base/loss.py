@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_one_dist.base import varlen
 from lora_one_dist.base.head import cross_entropy, loss_in_pieces, rows_at_once, rows_only
 from lora_one_dist.cluster import comm
 from lora_one_dist.data.batches import IGNORE_INDEX
@@ -34,12 +35,16 @@ def loss_sum(
     Args:
         head_is_target: the output head's own product must run in one piece, for what is hooked to it.
     """
-    device = comm.device()
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    if "position_ids" in batch and str(model.config._attn_implementation).startswith("flash"):
-        inputs = {name: values.view(1, -1) for name, values in inputs.items()}
-    inputs = {name: _to(device, values) for name, values in inputs.items()}
-    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    device, attention = comm.device(), str(model.config._attn_implementation)
+    labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    if attention == varlen.NAME:
+        inputs, labels = varlen.one_row(batch, labels)
+    else:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        if "position_ids" in batch and attention.startswith("flash"):
+            inputs = {name: values.view(1, -1) for name, values in inputs.items()}
+    inputs = {name: _to(device, value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    labels = labels.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     labels, rows = _to(device, labels[rows]), _to(device, rows)
     given: dict[str, Any] = {**inputs, "use_cache": False}

@@ -86,7 +86,7 @@ def cross_checks(groups: Mapping[str, Any]) -> list[str]:
 
 
 def _check_model(model: ModelConfig) -> Iterator[str]:
-    if model.dtype == "fp32" and model.attn_implementation.startswith("flash"):
+    if model.dtype == "fp32" and model.attn_implementation.startswith(("flash", "varlen")):
         yield f"model.attn_implementation = {model.attn_implementation}: needs dtype bf16. Use sdpa with fp32."
     path = model.path  # os.path: pathlib raises for names that no file can have
     if os.path.isdir(path):

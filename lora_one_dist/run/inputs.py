@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.adapters import folder as adapters
-from lora_one_dist.base import loading
+from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
 from lora_one_dist.base.skeleton import check_tokenizer, local_folder
@@ -53,7 +53,9 @@ def read(config: Config) -> Inputs:
         loading.check_loadable(plan, config.deepspeed.shard_group)
         tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
         check_tokenizer(plan.skeleton, tokenizer)
-        if config.data.packing:
+        if config.model.attn_implementation == varlen.NAME:
+            varlen.refuse_cpu()
+        if config.data.packing or config.model.attn_implementation == varlen.NAME:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
             checkpoint.refuse_full_disk(Path(config.output_dir), config, plan.targets)

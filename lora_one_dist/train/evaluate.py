@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_one_dist.base import varlen
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.cluster import comm
@@ -52,7 +53,8 @@ def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, 
             progress("evaluate, micro-batches", done, len(dealt))
         values = {"eval_loss": float(comm.all_sum(loss.cpu())) / held.tokens.num_targets}
         if answers and held.prompts:
-            values["exact_match"] = _exact_match(base, config, held, progress)
+            with varlen.generating(base.module):
+                values["exact_match"] = _exact_match(base, config, held, progress)
     return values
 
 
