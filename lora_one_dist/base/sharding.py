@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_module
@@ -76,6 +77,8 @@ class Base:
     copies: int
     """How often the ranks together hold the base: once, once a host, or once a rank."""
     engine: Any = None
+    depth: int = 0
+    """Of DeepSpeed's stack of modules at work, between passes."""
 
     @property
     def partitioned(self) -> bool:
@@ -89,6 +92,8 @@ class Base:
         """
         if self.engine is not None:
             self.engine.optimizer.release_backward_leftovers()
+            # transformers 5.17 recomputes inside DeepSpeed's hooks, and where that ends early some are never left.
+            del parameter_offload.FWD_MODULE_STACK[self.depth :]
 
     def release_all(self) -> None:
         """Partition everything, also what is kept for reuse or was fetched for a pass that ended early."""
@@ -197,7 +202,7 @@ def _initialize(model: nn.Module, ds_config: dict[str, Any], copies: int) -> Bas
     for block, size in stack:
         set_z3_leaf_module(block, size <= zero["stage3_max_live_parameters"])
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
-    return Base(engine.module, copies, engine)
+    return Base(engine.module, copies, engine, len(parameter_offload.FWD_MODULE_STACK))
 
 
 def _parameters(module: nn.Module) -> list[Any]:

@@ -138,6 +138,8 @@ def shutdown() -> None:
     """Leave the process group, all together."""
     global _state
     if _state is not None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # nothing of NCCL is under way any more
         barrier()
         _state.watch.leave()
         dist.destroy_process_group()

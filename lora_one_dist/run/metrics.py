@@ -249,7 +249,12 @@ class Phases:
 def spread_over_ranks(seconds: Sequence[float]) -> dict[str, Any]:
     """Slowest and fastest rank of a step by their own seconds, and the largest memory.  Collective."""
     slowest, fastest = max(seconds), min(seconds)
+    on_gpu = {}
+    if torch.cuda.is_available():  # near its end the allocator gives back and takes again: slow, and no error yet
+        retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        on_gpu = {"reserved_bytes": torch.cuda.max_memory_reserved(), "alloc_retries": retries}
     return {
+        **on_gpu,
         "slowest_rank": seconds.index(slowest),
         "slowest_rank_seconds": slowest,
         "fastest_rank": seconds.index(fastest),
