@@ -46,7 +46,7 @@ def tokens_of(run, *overrides):
 
 def expected(ids, labels, tokenizer):
     """The words of a document, those with a loss in [[...]], by token."""
-    words = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+    words = tokenizer.convert_ids_to_tokens(ids)
     text, inside = "", False
     for i, (word, label) in enumerate(zip(words, labels, strict=True)):
         is_target = i > 0 and label != -100
@@ -99,7 +99,9 @@ def test_documents_of_packed_rows_are_told_apart(run):
         assert [int(length) for _, length, _ in found] == sample["lengths"]
         start = 0
         for _, length, text in found:
-            ids, labels = (sample[name][start : start + int(length)] for name in ("input_ids", "labels"))
+            ids, labels = (
+                list(map(int, sample[name][start : start + int(length)])) for name in ("input_ids", "labels")
+            )
             assert squeezed(text) == squeezed(expected(ids, labels, tokenizer))
             start += int(length)
     fill = tokens.num_tokens / (16 * len(tokens))
