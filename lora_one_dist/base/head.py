@@ -85,12 +85,16 @@ def _equal(expected: torch.Tensor, logits: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def rows_only(model: Any, rows: torch.Tensor) -> Iterator[None]:
-    """Let the head see these rows of the flattened batch alone while the block runs: logits (1, k, V)."""
+    """Let the head, if there is one, see these rows of the flattened batch alone: logits (1, k, V)."""
 
     def select(head: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return given[0].reshape(-1, given[0].shape[-1])[rows][None], *given[1:]
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select, prepend=True)
+    head = model.get_output_embeddings()
+    if head is None:  # the model's own code multiplies by another layer's weight: the caller picks the rows
+        yield
+        return
+    handle = head.register_forward_pre_hook(select, prepend=True)
     try:
         yield
     finally:

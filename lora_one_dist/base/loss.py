@@ -53,8 +53,10 @@ def loss_sum(
         if loss is not None:
             return loss
     with rows_only(model, rows):
-        logits = model(**given).logits
-    return _CrossEntropySum.apply(logits.flatten(0, -2), labels, weight)
+        logits = model(**given).logits.flatten(0, -2)
+    if logits.shape[0] != rows.numel():
+        logits = logits[rows]
+    return _CrossEntropySum.apply(logits, labels, weight)
 
 
 def _to(device: torch.device, values: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,8 @@ class Shape:
     """Of them in the last linear layer of each block, which non-reentrant checkpointing leaves out."""
     hidden: int
     intermediate: int
+    norms: int
+    """Wide: what the norms of a block see of a token, all together; 2 h for most models."""
     heads: int
     queries: int
     """Wide: heads times their size; ``keys``: of keys and of values each."""
@@ -70,12 +72,13 @@ class Cluster:
 def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: int) -> Shape:
     """Of a transformers model; its parameters may be on the meta device."""
     config = skeleton.config.get_text_config()
-    embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
+    embedding, head = skeleton.get_input_embeddings().weight, getattr(skeleton.get_output_embeddings(), "weight", None)
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
     linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
     head_size = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
     return Shape(
         parameters=sum(sizes),
         persistent=sum(size for size in sizes if size < persistence_threshold),
@@ -86,13 +89,25 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        norms=_norms(next(iter(blocks(skeleton)), skeleton), head_size, queries, keys),
         heads=heads,
-        queries=heads * head_size,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+        queries=queries,
+        keys=keys,
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,
         targets=tuple(targets),
     )
+
+
+def _norms(block: nn.Module, head_size: int, queries: int, keys: int) -> int:
+    """What the norms in a block see of a token: those of single heads see every head."""
+    width = 0
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and isinstance(weight, nn.Parameter):
+            of_heads = {"q_norm": queries, "k_norm": keys}.get(name.rpartition(".")[2], head_size)
+            width += of_heads if weight.numel() == head_size else weight.numel()
+    return width
 
 
 def tokens_of(phase: str, config: Config) -> int:

@@ -167,3 +167,19 @@ def test_what_is_not_known_is_done_by_the_model_itself_to_all_target_rows_at_onc
         assert reference.relative(input_gradient(net, loss), expected) <= 1e-5
     targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])
     assert rows == [targets, head.CHECKED_ROWS, targets, targets]
+
+
+class Headless(transformers.LlamaForCausalLM):
+    """Multiplies by a layer that it does not name its head."""
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_a_model_without_a_named_head_gives_all_its_logits():
+    torch.manual_seed(3)
+    net = Headless(transformers.LlamaConfig(**SIZES)).requires_grad_(False)
+    net.enable_input_require_grads()
+    samples = models.samples(5)
+    truth = torch.cat([reference.token_losses(net, sample) for sample in samples]).sum()
+    assert loss_sum(net, batches.collate(samples, 0)).item() == pytest.approx(truth.item(), rel=1e-5)
