@@ -27,6 +27,9 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
 
+QUEUED = (
+    32  # numbers that TensorBoard takes before it writes: more than a logged step has, so that none waits for a disk
+)
 PEAK_OPERATIONS = {  # by a part of the GPU's name; the first that fits
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -71,7 +74,7 @@ class RunFolder:
             self.pending = b""  # what the disk has not taken yet
             if self.lines.tell() > keep_bytes:
                 self.lines.truncate(keep_bytes)
-            self.board = SummaryWriter(str(root / "tensorboard"), purge_step=step or 0)
+            self.board = SummaryWriter(str(root / "tensorboard"), max_queue=QUEUED, purge_step=step or 0)
             for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 values = json.loads(line)
                 if (own := values.pop("step")) == step:  # purged with what came after the checkpoint
@@ -124,7 +127,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self.board = self.board or SummaryWriter(str(self.root / "tensorboard"))
+            self.board = self.board or SummaryWriter(str(self.root / "tensorboard"), max_queue=QUEUED)
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(key, value, step)
