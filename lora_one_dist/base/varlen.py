@@ -20,7 +20,7 @@ from lora_one_dist.cluster import comm
 NAME = "varlen"
 # What models hand down beside query, key and value and says nothing of the scores.
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
-HARMLESS |= {"cu_seq_lens_k", "max_length_k", "position_embeddings", "past_key_values", "is_causal"}
+HARMLESS |= {"cu_seq_lens_k", "max_length_k", "position_embeddings", "past_key_values"}
 
 
 def refuse_cpu() -> None:
@@ -69,6 +69,7 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **others: Any,
@@ -82,6 +83,8 @@ def attend(
     unknown = {name for name, given in others.items() if given is not None and name not in HARMLESS}
     if dropout:
         unknown.add("dropout")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        unknown.add("is_causal=False")
     if unknown or cu_seq_lens_q is None:
         what = f"hands {', '.join(sorted(unknown))} to attention" if unknown else "keeps the documents' bounds back"
         raise ModelError(

@@ -74,6 +74,7 @@ def test_weightless_batch_has_loss_zero(kernel):
         ({"softcap": 50.0}, "hands softcap to attention"),
         ({"s_aux": torch.zeros(4)}, "hands s_aux to attention"),
         ({"dropout": 0.1}, "hands dropout to attention"),
+        ({"is_causal": False}, "hands is_causal=False to attention"),
         ({"cu_seq_lens_q": None}, "keeps the documents' bounds back"),
     ],
 )
