@@ -46,7 +46,7 @@ class _Before(torch.autograd.Function):
         if p > 0:
             seen, kept = torch.native_dropout(seen, p, True)
         h = (seen @ A.T).mul_(scaling)
-        ctx.A, ctx.p, ctx.dh = A, p, None
+        ctx.A, ctx.p, ctx.branch = A, p, None  # branch: dh and what dropout kept, from _Behind's backward
         ctx.save_for_backward(seen, h, *([kept] if kept is not None else []))
         ctx.mark_non_differentiable(h)
         return x.view_as(x), h

@@ -36,14 +36,12 @@ class _Clock:
     def read(self) -> dict[str, float]:
         """Speeds; TFLOP/s a rank of what had to be done: 4 N a token, and with attention."""
         seconds = time.monotonic() - self.began
-        products, whole = (work / seconds / comm.world_size() for work in self._work())
+        works = needed_operations(self.shape, self.tokens, self.pairs)
+        products, whole = (work / seconds / comm.world_size() for work in works)
         values = {"tokens_per_second": self.tokens / seconds, "step_seconds": seconds / self.steps}
         values |= {"tflops": products / 1e12, "tflops_with_attention": whole / 1e12}
         peak = metrics.peak_operations()
         return values if peak is None else {**values, "mfu": products / peak}
-
-    def _work(self) -> tuple[float, float]:
-        return needed_operations(self.shape, self.tokens, self.pairs)
 
 
 def train(

@@ -49,14 +49,10 @@ def environment() -> Figure:
 def start() -> None:
     """Join a job of this process alone, or the one that a launcher has started.  Once."""
     from lora_one_dist.cluster import comm
-    from lora_one_dist.cluster.launchers import Launch
 
     if comm._state is None:
         torch.set_float32_matmul_precision("high")  # as some containers set it: the start must set it back
-        alone = None
-        if "RANK" not in os.environ:
-            alone = Launch("single process", 0, 1, 0, "127.0.0.1", harness.free_port())
-        comm.init(launch=alone)
+        comm.init()
 
 
 def products() -> Figure:
