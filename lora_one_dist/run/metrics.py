@@ -27,9 +27,7 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
 
-QUEUED = (
-    32  # numbers that TensorBoard takes before it writes: more than a logged step has, so that none waits for a disk
-)
+QUEUED = 32  # numbers that TensorBoard takes before it writes: more than a logged step has, which waits for no disk
 PEAK_OPERATIONS = {  # by a part of the GPU's name; the first that fits
     "GB200": 2.5e15,
     "B200": 2.25e15,
