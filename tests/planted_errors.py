@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/planted_errors.py [name ...]
 
-Prints a line per error; exits 1 if any went unnoticed.  About thirteen minutes on two cores.
+Prints a line per error; exits 1 if any went unnoticed.  About nine minutes on two cores.
 """
 
 from __future__ import annotations
