@@ -18,7 +18,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from lora_one_dist.base.recompute import FrozenLinear
+from lora_one_dist.base.products import FrozenLinear, weight_gradient
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -97,11 +97,6 @@ def _give(parameter: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tens
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is None:
         return left.T @ right
-    if main_grad.dtype == left.dtype:
-        main_grad.addmm_(left.T, right)
-    elif left.is_cuda:
-        main_grad += torch.mm(left.T, right, out_dtype=main_grad.dtype)  # no rounding to bf16 on the way
-    else:
-        main_grad += left.T @ right
+    weight_gradient(left, right, main_grad)
     parameter.grad_added_to_main_grad = True
     return None

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, tensor_sources, weight_files
-from lora_one_dist.base.recompute import blocks_asked, freeze_products, most_blocks, recompute_blocks
+from lora_one_dist.base.products import freeze_products
+from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
 from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton
 from lora_one_dist.base.targets import Target, find_targets
 from lora_one_dist.cluster import comm

@@ -9,31 +9,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_one_dist.base.blocks import blocks
 from lora_one_dist.base.skeleton import ModelError
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A frozen layer's ``X W^T + bias`` that saves no tensor: backward takes W (m, n) from the layer."""
-
-    @staticmethod
-    def forward(ctx: Any, layer_input: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(layer_input, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_output[0] @ ctx.layer.weight, None
-
-
-class FrozenLinear(nn.Linear):
-    """A frozen layer whose product keeps nothing for backward but what the layer itself holds."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _FrozenProduct.apply(input, self)
 
 
 def most_blocks(model: nn.Module) -> int:
@@ -63,16 +42,3 @@ def recompute_blocks(model: Any, count: int, reentrant: bool) -> None:
     block: Any
     for block in blocks(model)[count:]:
         block.gradient_checkpointing = False
-
-
-def freeze_products(model: nn.Module) -> None:
-    """Let the products of the blocks' linear layers save nothing.  Pure.
-
-    Non-reentrant checkpointing ends a recomputation with the last tensor that the forward pass saved, then the input of
-    a block's last linear layer; autograd's own product would save the weight behind it.  In a Llama that is a quarter
-    of the block's work.
-    """
-    for block in blocks(model):
-        for layer in block.modules():
-            if type(layer) is nn.Linear:
-                layer.__class__ = FrozenLinear

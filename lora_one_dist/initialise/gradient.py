@@ -23,6 +23,7 @@ from torch import nn
 
 from lora_one_dist.base.blocks import stacks
 from lora_one_dist.base.loss import dropout_off, loss_sum
+from lora_one_dist.base.products import weight_gradient
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
@@ -110,23 +111,6 @@ class _CaptureGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.sink(grad_output[0], *ctx.saved.saved_tensors)
         return grad_output[0], None, None
-
-
-def weight_gradient(
-    grad_output: torch.Tensor, layer_input: torch.Tensor, add_to: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``dY^T X`` in fp32, added in place to ``add_to`` if given.  Pure.
-
-    grad_output (..., m), layer_input (..., n) -> (m, n) fp32.  Products of bf16 are exact in fp32, so a GPU takes them
-    as they are and accumulates in fp32; a CPU has no such product and goes through fp32 copies.
-    """
-    dY = grad_output.reshape(-1, grad_output.shape[-1]).T
-    X = layer_input.reshape(-1, layer_input.shape[-1]).to(dY.dtype)  # a layer kept in fp32 may see others' bf16
-    if dY.is_cuda and dY.dtype != torch.float32:
-        G = torch.mm(dY, X, out_dtype=torch.float32)
-        return G if add_to is None else add_to.add_(G)
-    dY, X = dY.float(), X.float()
-    return dY @ X if add_to is None else add_to.addmm_(dY, X)
 
 
 class _OwnerSums:

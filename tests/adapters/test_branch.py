@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_one_dist.adapters.branch import ADAPTER, AdaptedLinear
-from lora_one_dist.base.recompute import freeze_products
+from lora_one_dist.base.products import freeze_products
 from tests import reference
 
 

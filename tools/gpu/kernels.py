@@ -57,7 +57,7 @@ def start() -> None:
 
 def products() -> Figure:
     """dY' X of bf16 in fp32, as the gradient phase forms it."""
-    from lora_one_dist.initialise.gradient import weight_gradient
+    from lora_one_dist.base.products import weight_gradient
 
     m, n = (28672, 8192) if ON_GPU else (704, 256)
     worst, speed = 0.0, 0.0
@@ -150,7 +150,7 @@ def branch() -> Figure:
     from peft import LoraConfig, inject_adapter_in_model
 
     from lora_one_dist.adapters.branch import ADAPTER, AdaptedLinear
-    from lora_one_dist.base.recompute import FrozenLinear
+    from lora_one_dist.base.products import FrozenLinear
 
     tokens, m, n, r = (4096, 14336, 4096, 16) if ON_GPU else (64, 96, 64, 4)
 
@@ -197,7 +197,7 @@ def gradient() -> Figure:
     """The one-step gradient of a small Llama on this device against plain autograd in fp64."""
     import transformers
 
-    from lora_one_dist.base import recompute
+    from lora_one_dist.base import products, recompute
     from lora_one_dist.base.sharding import Base
     from lora_one_dist.base.targets import find_targets
     from lora_one_dist.config.settings import LoraConfig
@@ -224,7 +224,7 @@ def gradient() -> Figure:
             model.load_state_dict(exact.state_dict())
             model = model.to(DEVICE, dtype).requires_grad_(False)
             model.config.use_cache = False
-            recompute.freeze_products(model)
+            products.freeze_products(model)
             count = 0 if reentrant is None else recompute.most_blocks(model)
             recompute.recompute_blocks(model, count, reentrant is True)
             model.enable_input_require_grads()

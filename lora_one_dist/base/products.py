@@ -1,0 +1,60 @@
+"""Products around a frozen weight: the layer's own, which saves nothing, and the gradient of a weight.  Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_one_dist.base.blocks import blocks
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A frozen layer's ``X W^T + bias`` that saves no tensor: backward takes W (m, n) from the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, layer_input: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(layer_input, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_output[0] @ ctx.layer.weight, None
+
+
+class FrozenLinear(nn.Linear):
+    """A frozen layer whose product keeps nothing for backward but what the layer itself holds."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _FrozenProduct.apply(input, self)
+
+
+def freeze_products(model: nn.Module) -> None:
+    """Let the products of the blocks' linear layers save nothing.  Pure.
+
+    Non-reentrant checkpointing ends a recomputation with the last tensor that the forward pass saved, then the input of
+    a block's last linear layer; autograd's own product would save the weight behind it.  In a Llama that is a quarter
+    of the block's work.
+    """
+    for block in blocks(model):
+        for layer in block.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = FrozenLinear
+
+
+def weight_gradient(
+    grad_output: torch.Tensor, layer_input: torch.Tensor, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``dY^T X`` in fp32, added in place to ``add_to`` if given.  Pure.
+
+    grad_output (..., m), layer_input (..., n) -> (m, n) fp32.  Products of bf16 are exact in fp32, so a GPU takes them
+    as they are and accumulates in fp32; a CPU has no such product and goes through fp32 copies.
+    """
+    dY = grad_output.reshape(-1, grad_output.shape[-1]).T
+    X = layer_input.reshape(-1, layer_input.shape[-1]).to(dY.dtype)  # a layer kept in fp32 may see others' bf16
+    if dY.is_cuda and dY.dtype != torch.float32:
+        G = torch.mm(dY, X, out_dtype=torch.float32)
+        return G if add_to is None else add_to.add_(G)
+    dY, X = dY.float(), X.float()
+    return dY @ X if add_to is None else add_to.addmm_(dY, X)
