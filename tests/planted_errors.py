@@ -326,6 +326,13 @@ ERRORS = [
         "holds_its_share",
     ),
     Planted(
+        "what an evaluation may release remembered for training",
+        "base/sharding.py",
+        (("            cache.cache_clear()", "            pass"),),
+        "base/test_sharding.py",
+        "gathered_once",
+    ),
+    Planted(
         "a rounding counted once a copy of the base",
         "adapters/lora.py",
         (("    squared_errors /= base.copies", "    squared_errors /= 1"),),

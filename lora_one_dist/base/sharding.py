@@ -118,7 +118,9 @@ def accelerator() -> str:
 def deepspeed_config(policy: dict[str, Any], dtype: str, micro_batch_size: int) -> dict[str, Any]:
     """The ZeRO JSON with what the run's config decides: precision and micro-batch.  Pure."""
     # DeepSpeed's "memory efficient" linear saves every input for a weight gradient that a frozen base never has.
-    zero = {"memory_efficient_linear": False, **policy.get("zero_optimization", {})}
+    # Gathering tensor by tensor needs no flat buffer, nor copies into it and out of it.
+    fixed = {"memory_efficient_linear": False, "stage3_allgather_sequential": True}
+    zero = {**fixed, **policy.get("zero_optimization", {})}
     return {
         **policy,
         "zero_optimization": zero,
@@ -202,7 +204,27 @@ def _initialize(model: nn.Module, ds_config: dict[str, Any], copies: int) -> Bas
     for block, size in stack:
         set_z3_leaf_module(block, size <= zero["stage3_max_live_parameters"])
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=ds_config)
+    _forget_with_the_trace(engine.optimizer.get_param_coordinator())
     return Base(engine.module, copies, engine, len(parameter_offload.FWD_MODULE_STACK))
+
+
+def _forget_with_the_trace(coordinator: Any) -> None:
+    """Let DeepSpeed find again what to release when the order of a pass is another than recorded.
+
+    It remembers it by layer and place in the order alone: an evaluation, which has no backward, would have training
+    release in forward what backward needs, whatever stage3_max_reuse_distance says.
+    """
+    stock = coordinator._clear_trace_structures
+    to_release: Any = coordinator._PartitionedParameterCoordinator__params_to_release.__func__
+    around = [to_release, *(cell.cell_contents for cell in to_release.__closure__ or ())]
+    caches = [part for part in around if hasattr(part, "cache_clear")]
+
+    def clear() -> None:
+        stock()
+        for cache in caches:
+            cache.cache_clear()
+
+    coordinator._clear_trace_structures = clear
 
 
 def _parameters(module: nn.Module) -> list[Any]:

@@ -276,6 +276,7 @@ def batch_loss(base: Base, micro_batches: Sequence[MicroBatch]) -> float:
     with torch.no_grad(), dropout_off(base.module):
         for micro_batch in micro_batches:
             loss += loss_sum(base.module, micro_batch.tensors, micro_batch.weight).double().cpu()
+    base.release_all()
     return float(comm.all_sum(loss))
 
 

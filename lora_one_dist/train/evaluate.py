@@ -55,6 +55,7 @@ def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, 
         if answers and held.prompts:
             with varlen.generating(base.module):
                 values["exact_match"] = _exact_match(base, config, held, progress)
+    base.release_all()
     return values
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.blocks import blocks
+from lora_one_dist.base.loss import loss_sum
+from lora_one_dist.data import batches
 from lora_one_dist.disk import weights
 from tests import models
 from tests.disk import test_weights
@@ -86,3 +90,42 @@ def test_blocks_above_the_limit_of_the_json_are_gathered_part_by_part(model_fold
     assert fetched == max(sizes)
     parts, _ = run_ranks(2, released_as_a_whole, model_folder("llama"), max(sizes) - 1)[0]
     assert parts == [False] * 4
+
+
+def elements_gathered_a_pass(folder, distance):
+    """Runs on a rank: of each pass forward and back that comes after two passes without backward."""
+    from tests.initialise.test_gradient import load_base
+
+    base, _ = load_base(folder, "zero3", stage3_max_reuse_distance=distance)
+    stock: Any = sys.modules["deepspeed.runtime.zero.partition_parameters"]
+    gathered: list[int] = []
+    gather = stock._dist_allgather_fn
+
+    def counting(own: torch.Tensor, whole: torch.Tensor, *rest: object) -> object:
+        gathered.append(whole.numel())
+        return gather(own, whole, *rest)
+
+    stock._dist_allgather_fn = counting
+    batch = batches.collate(models.samples(2), 0)
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                loss_sum(base.module, batch)
+        base.release_all()
+        found = []
+        for _ in range(4):
+            gathered.clear()
+            loss_sum(base.module, batch).backward()
+            base.release()
+            found.append(sum(gathered))
+    finally:
+        stock._dist_allgather_fn = gather
+    return found, sum(p.ds_numel for p in base.module.parameters() if not p.ds_persist)
+
+
+def test_what_is_kept_for_reuse_is_gathered_once_also_after_an_evaluation(model_folder):
+    """An evaluation has no backward: what DeepSpeed may release after each of its layers is not what training may."""
+    passes, base = run_ranks(2, elements_gathered_a_pass, model_folder("llama"), 10**9)[0]
+    assert passes[-1] == base
+    passes, base = run_ranks(2, elements_gathered_a_pass, model_folder("llama"), 0)[0]
+    assert 1.5 * base < passes[-1] <= 2 * base
