@@ -18,14 +18,19 @@ import torch
 from torch import nn
 
 LOSS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits in fp32 at one time: what caches like; large products
+TAIL_COPIES = 4  # of the logits, by autograd's way through a tail
 CHECKED_ROWS = 2
 Tail = Callable[[torch.Tensor], torch.Tensor]  # what a model does to its head's logits
 _tails: WeakKeyDictionary[nn.Module, Tail | None] = WeakKeyDictionary()  # None: nothing that is known
 
 
-def has_known_tail(model: nn.Module) -> bool:
-    """Can the loss be taken in pieces, as far as the passes so far tell?"""
-    return _tails.get(model, _same) is not None
+def why_whole(model: Any) -> str | None:
+    """Why the loss is not taken in pieces, as far as the passes so far tell; None if it is.  Pure."""
+    if not _is_plain(model.get_output_embeddings()):
+        return "the output head is not a plain frozen layer"
+    if _tails.get(model, _same) is None:
+        return "what the model does to its logits is not known here"
+    return None
 
 
 def loss_in_pieces(
@@ -36,9 +41,9 @@ def loss_in_pieces(
     None if it cannot be taken in pieces; the caller then takes it from :func:`rows_only`.  The same on all ranks, which
     run the same model.
     """
-    head: Any = model.get_output_embeddings()
-    if not has_known_tail(model) or not _is_plain(head):
+    if why_whole(model) is not None:
         return None
+    head: Any = model.get_output_embeddings()
     is_known, candidates = model in _tails, _candidates(model.config.get_text_config())
     tail = _tails[model] if is_known else candidates[0]
     hidden: list[torch.Tensor] = []
@@ -121,16 +126,18 @@ def _candidates(config: Any) -> list[Tail]:
 def cross_entropy(
     scores: torch.Tensor, labels: torch.Tensor, weight: float, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed losses of fp32 ``scores`` (t, V) at ``labels`` (t,), and ``weight`` times their gradient.  Pure.
+    """Summed losses of fp32 ``scores`` (t, V) at ``labels`` (t,), and ``weight`` times their gradient.
 
-    The gradient takes the scores' place.
+    The gradient takes the scores' place; without ``needs_gradient`` they stay.
     """
     index = labels[:, None]
-    normalizer = scores.logsumexp(1, keepdim=True)
-    loss = (normalizer - scores.gather(1, index)).sum()
-    if needs_gradient:
-        scores.sub_(normalizer).exp_()
-        scores.scatter_add_(1, index, torch.full_like(normalizer, -1.0)).mul_(weight)
+    wanted = scores.gather(1, index)
+    if not needs_gradient:
+        return (scores.logsumexp(1, keepdim=True) - wanted).sum(), scores
+    largest = scores.amax(1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(1, keepdim=True)  # in place: a piece is as large as memory allows
+    loss = (total.log() + largest - wanted).sum()
+    scores.mul_(weight / total).scatter_add_(1, index, torch.full_like(total, -weight))
     return loss, scores
 
 
@@ -159,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needed else None
-        count = rows_at_once(matrix.shape[0], hidden.device)
+        count = rows_at_once(matrix.shape[0] * (1 if tail is _same else TAIL_COPIES), hidden.device)
         for start in range(0, hidden.shape[0], count):
             piece = slice(start, start + count)
             logits = nn.functional.linear(hidden[piece], matrix, bias)

@@ -1,17 +1,20 @@
 """Bytes of a rank in each phase, term by term; tools/bench/phases.py holds them against measurements.
 
+A phase with passes has two full moments, of which the fuller one is told: under the output ``head``, where the logits
+are, and where ``backward`` begins; and where a rank's gradients are whole only at the end of backward, that one too.
+
 - ``base``         e P / S on the device (under ``offload_param`` in host memory: 0 here)
 - ``persistent``   e times the parameters of which ZeRO-3 keeps a second, whole copy
 - ``largest_tensor``  of the load: e times it, while it is cut; ``staging``: SLAB_BYTES on their way to a GPU
-- ``gathered``     e :func:`gathered`: what ZeRO-3 holds whole at one time (0 on one rank or under stage 0)
+- ``gathered``     e :func:`gathered`: what ZeRO-3 holds whole at that moment (0 on one rank or under stage 0)
 - ``owned``        4 sum(m n) over the fullest owner's targets of a layer group, for each part of the batch; 0 if
                    ``init.buffer`` is host
-- ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner (0 on one rank)
-- ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU)
+- ``in_flight``    4 IN_FLIGHT max(m n): gradients on their way to their owner (0 on one rank), in backward
+- ``upcast``       4 T max(m + n) if e < 4: dY and X in fp32, where there is no mixed product (0 on a GPU), in backward
 - ``block_inputs`` e T h for each block that is computed again
 - ``activations``  T :func:`kept_by_block` for each that is not
-- ``head``         2 e T h, and on top whichever is more: AROUND_NORM T h while backward goes through the last norm, or
-                   the logits of a few rows in fp32 (LOSS_COPIES LOSS_BYTES)
+- ``head``         2 e T h; at the moment of the head the logits of a few rows (:func:`logits_bytes`), in backward
+                   AROUND_NORM T h
 - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.initialise.spectral`)
 - ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
 - ``compensated pairs``  4 r sum(m + n) more while training, for the methods that change the base
@@ -21,7 +24,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from lora_one_dist.base.head import LOSS_BYTES
@@ -46,7 +49,6 @@ from lora_one_dist.train.optim import make_layout
 
 AROUND_NORM = 18  # bytes: the last norm's backward is in fp32 (measured)
 BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
-LOSS_COPIES = 3  # of some rows of the logits in fp32, while the loss is taken
 
 
 def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
@@ -54,46 +56,61 @@ def kept_gathered(shape: Shape, zero: Mapping[str, Any]) -> int:
     return min(shape.parameters, int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)))
 
 
-def gathered(shape: Shape, zero: Mapping[str, Any], recorded: bool) -> int:
-    """Elements that ZeRO-3 holds whole at one time.
+def gathered(shape: Shape, zero: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements that ZeRO-3 holds whole: under the head, and where backward begins.
 
-    What it keeps for reuse; the largest tensor or a block, whichever is more with what it may fetch ahead beside it,
-    each twice: as the flat buffer of a gathering and as what is cut from it.  Once it has ``recorded`` the order of a
-    pass, which the few passes of an initialisation hardly do, it holds a block beside the largest tensor, twice, and
-    one more (measured).
+    What it keeps for reuse, what is at work, and what it fetches ahead of that; and in backward still the head, which
+    was fetched together with a part of the last block and is let go with it (measured).
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
-    kept, block, tensor = kept_gathered(shape, zero), shape.largest_block, shape.largest_tensor
+    kept, head = kept_gathered(shape, zero), shape.vocabulary * shape.hidden
     bucket, live = int(zero["stage3_prefetch_bucket_size"]), int(zero["stage3_max_live_parameters"])
-    with_tensor, with_block = (whole + min(bucket, max(0, live - kept - whole)) for whole in (tensor, block))
-    most = kept + (2 * (block + with_tensor) + block if recorded else 2 * max(with_tensor, with_block))
-    return min(shape.parameters + block + bucket, most)
+
+    def with_ahead(whole: int) -> int:
+        return whole + min(bucket, max(0, live - whole))
+
+    most = shape.parameters
+    return min(most, with_ahead(kept + head)), min(most, with_ahead(max(kept, shape.largest_block)) + head)
+
+
+def logits_bytes(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> int:
+    """Of the rows whose loss is taken at one time: scores in fp32; in bf16 beside them logits and their gradient."""
+    limit = LOSS_BYTES["cuda" if cluster.backend == "nccl" else "cpu"]
+    return min(limit, 4 * tokens * shape.vocabulary) * (2 if element_bytes(config) < 4 else 1)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Of a phase with passes: what is there beside what the blocks keep."""
+
+    terms: Mapping[str, int]
+    whole: bool = True
+    """Do all blocks still keep it, or the first alone?"""
 
 
 def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, dict[str, int]]:
     """Bytes by phase and term: those of this file's docstring."""
-    e, sharers = element_bytes(config), ranks_a_copy(config, cluster)
-    zero = config.deepspeed.zero
-    on_gpu = cluster.backend == "nccl"
-    offloaded = config.deepspeed.offloads and on_gpu
-    several = config.deepspeed.stage == 3 and (sharers > 1 or offloaded)  # as model.is_partitioned
-    base = {"base": 0 if offloaded else e * (shape.parameters // sharers)}
+    return memory_and_recomputed(shape, config, cluster)[0]
+
+
+def memory_and_recomputed(
+    shape: Shape, config: Config, cluster: Cluster
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Bytes by phase and term, and how many blocks backward computes again in the phases that have one."""
+    e, r, on_gpu = element_bytes(config), config.lora.r, cluster.backend == "nccl"
+    several = _gathers(config, cluster)
+    base = {
+        "base": 0 if config.deepspeed.offloads and on_gpu else e * (shape.parameters // ranks_a_copy(config, cluster))
+    }
     if config.deepspeed.stage == 3:
         base["persistent"] = e * shape.persistent if several else 0
-    first, later = (
-        base | {"gathered": e * gathered(shape, zero, recorded) if several else 0} for recorded in (False, True)
-    )
-    activations = partial(_with_activations, shape, config, cluster)
-    staging = SLAB_BYTES if on_gpu else 0
     largest = e * shape.largest_tensor if several else 0
-    found = {"load": base | {"largest_tensor": largest, "staging": staging}}
-    r = config.lora.r
+    found = {"load": base | {"largest_tensor": largest, "staging": SLAB_BYTES if on_gpu else 0}}
+    recomputed: dict[str, int] = {}
     pairs = 4 * r * shape.adapter
     if config.init.method in GRADIENT_METHODS:
-        terms = first | gradient_terms(shape, config, cluster)
-        if several and passes_of_init(config, cluster) == 1:
-            terms["gathered"] = _gathered_once(shape, zero, e, terms)
-        found["gradient"] = activations("gradient", terms)
+        moments = _gradient_moments(shape, config, cluster, base)
+        found["gradient"], recomputed["gradient"] = _with_blocks(shape, config, cluster, "gradient", moments)
     if config.init.method != "lora":
         owned, largest_owned = fullest_owner(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
@@ -103,10 +120,78 @@ def memory_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str,
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
     p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
-    kept = pairs if config.init.method in COMPENSATED_METHODS else 0
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
-    found["step"] = activations("step", later | states | ({"compensated pairs": kept} if kept else {}))
-    return found
+    if config.init.method in COMPENSATED_METHODS:
+        states["compensated pairs"] = pairs
+    moments = [_Moment(base | states | terms) for terms in _pass_moments(shape, config, cluster, "step")]
+    found["step"], recomputed["step"] = _with_blocks(shape, config, cluster, "step", moments)
+    return found, recomputed
+
+
+def _gathers(config: Config, cluster: Cluster) -> bool:
+    """Does ZeRO-3 make whole copies?  On one rank that holds all it makes views."""
+    offloaded = config.deepspeed.offloads and cluster.backend == "nccl"
+    return config.deepspeed.stage == 3 and (ranks_a_copy(config, cluster) > 1 or offloaded)
+
+
+def _pass_moments(shape: Shape, config: Config, cluster: Cluster, phase: str) -> list[dict[str, int]]:
+    """What a forward and backward pass takes beside the blocks: under the head, and where backward begins."""
+    tokens, e = tokens_of(phase, config), element_bytes(config)
+    elements = gathered(shape, config.deepspeed.zero) if _gathers(config, cluster) else (0, 0)
+    ends, around_norm = 2 * e * tokens * shape.hidden, AROUND_NORM * tokens * shape.hidden
+    head = {"gathered": e * elements[0], "head": ends + logits_bytes(shape, config, cluster, tokens)}
+    return [head, {"gathered": e * elements[1], "head": ends + around_norm}]
+
+
+def _gradient_moments(shape: Shape, config: Config, cluster: Cluster, base: Mapping[str, int]) -> list[_Moment]:
+    """A rank that runs one micro-batch for a part has that part's gradients whole only where backward ends."""
+    head, backward = _pass_moments(shape, config, cluster, "gradient")
+    on_gpu, parts = cluster.backend == "nccl", parts_of_batch(config)
+    host = config.init.buffer == "host" and on_gpu
+    owned = 0 if host else 4 * fullest_owner(shape, config, cluster)[0]
+    before = owned * (parts if passes_of_init(config, cluster) > 1 else parts - 1)
+    largest, widest = max(t.m * t.n for t in shape.targets), max(t.m + t.n for t in shape.targets)
+    on_their_way = {
+        "in_flight": 4 * IN_FLIGHT * largest if cluster.ranks > 1 or host else 0,
+        "upcast": 0 if element_bytes(config) == 4 or on_gpu else 4 * tokens_of("gradient", config) * widest,
+    }
+    moments = [
+        _Moment({**base, "owned": before, **head}),
+        _Moment({**base, "owned": before, **on_their_way, **backward}),
+    ]
+    end = {**base, "owned": parts * owned, **on_their_way, "gathered": backward["gathered"]}
+    return moments if before == parts * owned else [*moments, _Moment(end, whole=False)]
+
+
+def _with_blocks(
+    shape: Shape, config: Config, cluster: Cluster, phase: str, moments: list[_Moment]
+) -> tuple[dict[str, int], int]:
+    """The terms of the fullest moment, and how many blocks are computed again.
+
+    As ``model.recompute`` says; auto: the fewest with which all moments fit.
+    """
+
+    def fullest(count: int) -> dict[str, int]:
+        with_blocks = ({**m.terms, **_kept(shape, config, phase, count, m.whole)} for m in moments)
+        return max(with_blocks, key=lambda terms: sum(terms.values()))
+
+    most = max(0, shape.layers - 1)
+    if config.model.recompute != "auto":
+        count = blocks_asked(config.model.recompute, most)
+    else:
+        fitting = (count for count in range(most) if sum(fullest(count).values()) <= cluster.bytes_per_rank)
+        count = next(fitting, most)
+    return fullest(count), count
+
+
+def _kept(shape: Shape, config: Config, phase: str, recomputed: int, whole: bool) -> dict[str, int]:
+    """What blocks keep for backward: all of them, or the first alone."""
+    inputs, activations = (recomputed, shape.layers - recomputed) if whole else (min(1, recomputed), 1)
+    tokens = tokens_of(phase, config)
+    return {
+        "block_inputs": element_bytes(config) * tokens * shape.hidden * inputs,
+        "activations": tokens * kept_by_block(shape, config) * activations,
+    }
 
 
 def kept_by_block(shape: Shape, config: Config) -> int:
@@ -123,68 +208,6 @@ def kept_by_block(shape: Shape, config: Config) -> int:
     if attention == "eager":
         kept += (4 + (e if e < 4 else 0)) * shape.heads * config.data.max_length
     return kept
-
-
-def recomputed_blocks(shape: Shape, config: Config, cluster: Cluster, phase: str, others: int) -> int:
-    """How many blocks are computed again: as ``model.recompute`` says; auto: the fewest that fit beside ``others``."""
-    most = max(0, shape.layers - 1)
-    asked = config.model.recompute
-    if asked != "auto":
-        return blocks_asked(asked, most)
-    fitting = (
-        count
-        for count in range(most)
-        if others + sum(_activations(shape, config, phase, count, cluster).values()) <= cluster.bytes_per_rank
-    )
-    return next(fitting, most)
-
-
-def recomputed_in(phase: str, terms: Mapping[str, int], shape: Shape, config: Config) -> int:
-    """The number of blocks behind a phase's ``block_inputs``."""
-    return terms["block_inputs"] // (element_bytes(config) * tokens_of(phase, config) * shape.hidden)
-
-
-def _with_activations(
-    shape: Shape, config: Config, cluster: Cluster, phase: str, terms: Mapping[str, int]
-) -> dict[str, int]:
-    count = recomputed_blocks(shape, config, cluster, phase, sum(terms.values()))
-    return {**terms, **_activations(shape, config, phase, count, cluster)}
-
-
-def _gathered_once(shape: Shape, zero: Mapping[str, Any], e: int, terms: Mapping[str, int]) -> int:
-    """Bytes of ``gathered`` where each rank runs one micro-batch.
-
-    The order of a pass is not known yet, so nothing is fetched ahead; and the owner's sums are whole only where
-    backward ends, far from the largest tensor.
-    """
-    at_the_end = e * (kept_gathered(shape, zero) + 2 * shape.largest_block)
-    return at_the_end + max(0, 2 * e * shape.largest_tensor - terms["owned"] - terms["in_flight"])
-
-
-def _activations(shape: Shape, config: Config, phase: str, recomputed: int, cluster: Cluster) -> dict[str, int]:
-    e, tokens = element_bytes(config), tokens_of(phase, config)
-    limit = LOSS_BYTES["cuda" if cluster.backend == "nccl" else "cpu"]
-    logits = LOSS_COPIES * min(limit, 4 * tokens * shape.vocabulary)
-    inputs = e * tokens * shape.hidden
-    return {
-        "block_inputs": inputs * recomputed,
-        "activations": tokens * kept_by_block(shape, config) * (shape.layers - recomputed),
-        "head": 2 * inputs + max(AROUND_NORM * tokens * shape.hidden, logits),
-    }
-
-
-def gradient_terms(shape: Shape, config: Config, cluster: Cluster) -> dict[str, int]:
-    """Of the gradient phase alone, beside the base and the activations."""
-    tokens, e, on_gpu = tokens_of("gradient", config), element_bytes(config), cluster.backend == "nccl"
-    owned, _ = fullest_owner(shape, config, cluster)
-    largest = max(target.m * target.n for target in shape.targets)
-    upcast = 0 if e == 4 or on_gpu else 4 * tokens * max(target.m + target.n for target in shape.targets)
-    host = config.init.buffer == "host" and on_gpu
-    return {
-        "owned": 0 if host else 4 * parts_of_batch(config) * owned,
-        "in_flight": 4 * IN_FLIGHT * largest if cluster.ranks > 1 or host else 0,
-        "upcast": upcast,
-    }
 
 
 def krylov_bytes(target: Target, r: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_one_dist.config.settings import Config
-from lora_one_dist.plan.memory import memory_by_phase, recomputed_in
+from lora_one_dist.plan.memory import memory_and_recomputed
 from lora_one_dist.plan.seconds import operations_by_phase, seconds_by_phase
 from lora_one_dist.plan.shape import Cluster, Shape
 from lora_one_dist.plan.wire import Wire, wire_by_phase
@@ -32,9 +32,8 @@ def predict(shape: Shape, config: Config, cluster: Cluster) -> Prediction:
     Phases: ``load``, ``gradient`` and ``svd`` (of one layer group; the methods with none have none), ``broadcast``, and
     ``step`` (one optimizer step).  Wire, operations and seconds of the first three are those of all layer groups.
     """
-    memory = memory_by_phase(shape, config, cluster)
+    memory, again = memory_and_recomputed(shape, config, cluster)
     wire = wire_by_phase(shape, config, cluster)
-    again = {p: recomputed_in(p, terms, shape, config) for p, terms in memory.items() if p in ("gradient", "step")}
     operations = operations_by_phase(shape, config, cluster, again)
     seconds = seconds_by_phase(shape, config, cluster, wire, operations, again)
     return Prediction(memory, wire, operations, again, seconds)

@@ -76,7 +76,8 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
     linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
-    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
+    hidden = getattr(config, "hidden_size", None) or embedding.shape[1]
+    heads = getattr(config, "num_attention_heads", None) or 1
     head_size = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
     return Shape(
@@ -93,8 +94,8 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         heads=heads,
         queries=queries,
         keys=keys,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
+        layers=len(block_sizes),
+        vocabulary=embedding.shape[0],
         targets=tuple(targets),
     )
 

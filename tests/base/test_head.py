@@ -77,7 +77,7 @@ def test_loss_and_gradient_of_padded_rows_are_those_of_the_samples_by_themselves
     for _ in range(2):  # the first pass also finds out what the model does to its logits
         net.zero_grad()
         loss = loss_sum(net, batches.collate(samples, 0), 1 / 40)
-        assert head.has_known_tail(net)
+        assert head.why_whole(net) is None
         assert loss.item() == pytest.approx(truth.item() / 40, rel=1e-5)
         assert reference.relative(input_gradient(net, loss), expected) <= 1e-5  # fp32 sums of 60 terms
         net.eval()
@@ -162,7 +162,7 @@ def test_what_is_not_known_is_done_by_the_model_itself_to_all_target_rows_at_onc
     for _ in range(2):
         net.zero_grad()
         loss = loss_sum(net, batches.collate(samples, 0))
-        assert not head.has_known_tail(net)
+        assert "not known" in head.why_whole(net)
         assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
         assert reference.relative(input_gradient(net, loss), expected) <= 1e-5
     targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])

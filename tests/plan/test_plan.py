@@ -11,7 +11,7 @@ import pytest
 
 from lora_one_dist.commands import plan as command
 from lora_one_dist.plan import advice as advice_module
-from lora_one_dist.plan.memory import host_bytes, memory_by_phase, recomputed_in
+from lora_one_dist.plan.memory import host_bytes, memory_and_recomputed, memory_by_phase
 from lora_one_dist.plan.prediction import predict
 from lora_one_dist.plan.shape import Cluster, Shape, shape_of
 from lora_one_dist.plan.wire import GLOO_SEGMENT_BYTES, _from_owner, _to_owner, gathers_a_pass
@@ -109,7 +109,7 @@ def test_shares_shrink_with_ranks_and_groups():
     owned = 4 * sum(target.m * target.n for target in found.targets)
     assert one["gradient"]["owned"] == owned
     assert owned / 8 <= eight["gradient"]["owned"] <= 1.01 * owned / 8
-    assert owned / 32 <= memory(8, "init.layer_groups=4")["gradient"]["owned"] <= 1.05 * owned / 32
+    assert owned / 32 <= memory(8, "init.layer_groups=4")["svd"]["owned"] <= 1.05 * owned / 32
     assert memory(8, "init.buffer=host")["gradient"]["owned"] == 0
     assert memory(8, "init.halves=true")["gradient"]["owned"] == 2 * eight["gradient"]["owned"]
 
@@ -192,10 +192,9 @@ def test_one_block_fewer_would_not_fit(gigabytes):
     config = settings("llama-3.3-70b", "data.max_length=4096", "deepspeed.shard_group=world")
     cluster = Cluster(4, 8, bytes_per_rank=gigabytes * 1e9)
     found = shape("llama-3.3-70b")
-    for phase in ("gradient", "step"):
-        terms = memory_by_phase(found, config, cluster)[phase]
-        count = recomputed_in(phase, terms, found, config)
-        assert sum(terms.values()) <= gigabytes * 1e9
+    memory, recomputed = memory_and_recomputed(found, config, cluster)
+    for phase, count in recomputed.items():
+        assert sum(memory[phase].values()) <= gigabytes * 1e9
         fewer = config.model_copy(update={"model": config.model.model_copy(update={"recompute": count - 1})})
         assert count == 0 or sum(memory_by_phase(found, fewer, cluster)[phase].values()) > gigabytes * 1e9
 

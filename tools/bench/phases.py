@@ -192,11 +192,12 @@ def compare(measured: dict[str, dict[str, Any]], prediction: Any, separate: bool
 
 def within(raw: dict[str, Any], ranks_per_host: int) -> None:
     """Let the run recompute as few blocks as a memory asks for that lies between what all and what none take."""
-    peaks = {}
+    peaks = []
     for recompute in ("none", "all"):
         raw["model"]["recompute"] = recompute
-        peaks[recompute] = predicted(raw, 1, ranks_per_host).peak("step")
-    raw["model"] |= {"recompute": "auto", "memory_gb": (peaks["none"] + peaks["all"]) / 2e9}
+        found = predicted(raw, 1, ranks_per_host)
+        peaks.append(max(found.peak(phase) for phase in found.memory))
+    raw["model"] |= {"recompute": "auto", "memory_gb": sum(peaks) / 2e9}
 
 
 def on_separate_hosts(raw: dict[str, Any], folder: Path, hosts: int, ranks_per_host: int) -> dict[str, dict[str, Any]]:
