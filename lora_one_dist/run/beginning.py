@@ -56,6 +56,7 @@ def begin(
     with phases("set adapters"):
         adapters, losses = _set(config, read.plan.targets, base, result, batch)
     record.say("loss of the init batch: {:.6f} before, {:.6f} with the adapters set".format(*losses))
+    record.say_how_loss_is_taken(base.module)
     if read.given is None:
         pairs.check_loss(*losses, config)
     initial = None

@@ -39,7 +39,7 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import CheckpointConfig, Config
 from lora_one_dist.disk import folders
 from lora_one_dist.initialise.pairs import Initialisation
-from lora_one_dist.run.identity import differences
+from lora_one_dist.run.identity import differences, differences_of_group
 from lora_one_dist.train.optim import LayerShardedOptimizer
 
 FORMAT = 1
@@ -367,7 +367,9 @@ class Store:
         folder = self.root / name
         if not comm.all_gather_object(folder.is_dir())[0]:
             return None, None
-        state, fault = _read_state(folder, lambda state: "; ".join(differences(state["identity"], self.identity)[0]))
+        state, fault = _read_state(
+            folder, lambda state: "; ".join(differences_of_group(state["identity"], self.identity))
+        )
         if fault:
             with comm.all_or_none("removing a damaged layer group"):
                 if comm.rank() == 0:

@@ -86,3 +86,15 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = inner
     return flat
+
+
+def differences_of_group(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes a layer group kept by an earlier start one of another initialisation.  Pure."""
+    refused, _ = differences(before, now)
+    if now["config"]["init"]["average"] == "micro_batch":
+        sizes = [
+            c["init"]["micro_batch_size"] or c["train"]["micro_batch_size"] for c in (before["config"], now["config"])
+        ]
+        if sizes[0] != sizes[1]:
+            refused.append(f"a mean is of micro-batches of {sizes[1]} samples, was of {sizes[0]}")
+    return refused

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from lora_one_dist.base.head import why_whole
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
@@ -82,6 +83,11 @@ class RunFolder:
         """One line of progress."""
         if self.writes:
             print(message, flush=True)
+
+    def say_how_loss_is_taken(self, model: Any) -> None:
+        """Where it is not in pieces: why, which memory depends on.  After a pass of the model."""
+        if (why := why_whole(model)) is not None:
+            self.say(f"the loss takes the logits of all rows with a target at once: {why}")
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Progress of long work, at most one line every PROGRESS_SECONDS and one at its end, with the time left."""

@@ -98,7 +98,10 @@ def train(
 def _steps(base: Base, batches: loop.GlobalBatches, saving: Saving, first: int, total: int) -> Iterator[loop.Step]:
     """Those of the loop; an error of theirs says from where the run can go on."""
     try:
-        yield from loop.steps(base, saving.trained.optimizer, batches, first, total)
+        for step in loop.steps(base, saving.trained.optimizer, batches, first, total):
+            if step.number == first + 1 > 1:  # a run that begins has said it already
+                saving.record.say_how_loss_is_taken(base.module)
+            yield step
     except loop.TrainError as error:
         newest = "none" if saving.store.newest is None else f"step-{saving.store.newest}"
         raise loop.TrainError(f"{error} The newest checkpoint is {newest}.") from None

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_one_dist.cluster import comm
 from lora_one_dist.run import metrics
 from lora_one_dist.run.metrics import MIB, Phases, RunFolder, final_table, init_summary, plot_report
+from tests import models
 
 
 @pytest.fixture
@@ -241,3 +242,15 @@ def test_final_table_holds_both_losses_and_every_phase():
     columns = table.splitlines()
     assert columns[2].index("after") + 5 == columns[3].index("1.2346") + 6 == len(columns[4]), "in columns"
     assert "nan" in final_table("", [("loss", math.nan, 1.0)], [])
+
+
+def test_a_head_whose_loss_is_not_taken_in_pieces_is_told(tmp_path, capsys):
+    record, net = metrics.RunFolder(tmp_path, writes=True), models.llama()
+    record.say_how_loss_is_taken(net.requires_grad_(False))
+    assert capsys.readouterr().out == ""
+    net.lm_head.weight.requires_grad_()
+    record.say_how_loss_is_taken(net)
+    assert capsys.readouterr().out == (
+        "the loss takes the logits of all rows with a target at once: the output head is not a plain frozen layer\n"
+    )
+    record.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import functools
 import json
@@ -259,12 +260,21 @@ def test_layer_group_is_no_checkpoint(alone, copied, tmp_path):
         checkpoint.find(tmp_path / "fresh", str(copied / "checkpoints" / "init-1-of-2"), own)
     kept, _ = store.load_group("init-1-of-2")
     assert torch.equal(kept.pairs["layer"][0], torch.ones(1, 2))
+    other = copy.deepcopy(own)
+    other["config"]["init"]["micro_batch_size"] = 3  # of no matter for a mean over tokens
+    assert checkpoint.Store(copied, CheckpointConfig(), other).load_group("init-1-of-2")[0] is not None
     path = copied / "checkpoints" / "init-1-of-2" / "pairs-00000-of-00001.safetensors"
     flip(1, path, path)
     kept, why = store.load_group("init-1-of-2")
     assert kept is None
     assert why == f"init-1-of-2 is computed again: {path} has other content than was written"
     assert not path.parent.exists()
+    for config in (own["config"], other["config"]):
+        config["init"]["average"] = "micro_batch"
+    store.save_group("init-1-of-2", part, [Target("layer", 2, 2)])
+    kept, why = checkpoint.Store(copied, CheckpointConfig(), other).load_group("init-1-of-2")
+    assert kept is None
+    assert why == "init-1-of-2 is computed again: a mean is of micro-batches of 3 samples, was of 2"
 
 
 def test_run_goes_on_past_a_damaged_checkpoint_to_the_same_end(base, finished, copied, tmp_path):

@@ -1,14 +1,17 @@
 """Tokens a second while training, against HF Trainer + PEFT; and what the preconditioner adds.
 
     python tools/bench/step.py                              2 ranks, 400 M parameters, ZeRO-3 and stage 0
-    python tools/bench/step.py --recompute all:non_reentrant,none:none,7:reentrant    ours, and HF Trainer's
+    python tools/bench/step.py --ours all,7,none --peer non_reentrant,none    what ours recomputes, and HF Trainer's way
     python tools/bench/step.py --short                      a smaller model and fewer steps, for make bench
 
 Both train adapters of the same rank on all linear layers with AdamW, fp32 on a CPU and bf16 on a GPU, the same ZeRO
-JSON, micro-batch 1, every sample of the same length; each is started by deepspeed, alternately.  Seconds are those of
-the median step of a run, without the first ones; memory is the peak while training, of a GPU's allocator or else of the
-process (resident, imports included).  The preconditioner is timed by itself, on the adapters of the same
-model and one rank's share of them, and compared with a step of ours at the same rank r, in the first stage.
+JSON, micro-batch 1, every sample of the same length; each is started by deepspeed, alternately, and each of ours is set
+against each of the peer's of the same round.  Seconds are those of the median step of a run, without the first ones;
+memory is the peak while training, of a GPU's allocator or else of the process (resident, imports included; have the
+environment set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 1048576, or glibc keeps what was freed).
+
+The preconditioner is timed by itself, on the adapters of the same model and one rank's share of them, and compared with
+a step of ours at the same rank r, in the first stage.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -134,7 +138,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sample, one sample a rank and step")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--recompute", default="all:non_reentrant,none:non_reentrant,none:none")
+    parser.add_argument("--ours", default="all,none", help="model.recompute of ours")
+    parser.add_argument("--peer", default="non_reentrant,none", help="checkpointing of HF Trainer")
     parser.add_argument("--stages", default="stage 3,stage 0")
     parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
@@ -147,32 +152,32 @@ def main() -> None:
         print(f"{parameters / 1e6:.0f} M parameters, {ranks} ranks, {length} tokens a rank and step, r {R}")
         rows = []
         steps_at: dict[int, float] = {}
-        stages, kinds = arguments.stages.split(","), [pair.split(":") for pair in arguments.recompute.split(",")]
+        stages, counts, kinds = (text.split(",") for text in (arguments.stages, arguments.ours, arguments.peer))
         for stage in stages:
-            for recompute, checkpointing in kinds:
-                common = (folder, ranks, arguments.steps, length, JSONS[stage])
-                peaks: dict[str, list[int]] = {"ours": [], "HF Trainer": []}
-                work = {
-                    "ours": partial(ours, *common, recompute, peaks["ours"]),
-                    "HF Trainer": partial(hf_trainer, *common, checkpointing, peaks["HF Trainer"]),
-                }
-                seconds = harness.alternate(work, arguments.rounds)
-                ratio = harness.paired_ratio(seconds["HF Trainer"], seconds["ours"])
-                row = {"stage": stage, "ours recomputes": recompute, "HF": checkpointing}
-                measured = {name: harness.summary(values) for name, values in seconds.items()}
-                details = {"parameters": parameters, "ranks": ranks, "length": length, "seconds": measured}
-                details["peak_bytes"] = peaks
-                harness.record("step", {**row, **details, "times_faster": ratio})
-                speeds = {f"{name} tokens/s": ranks * length / m["median"] for name, m in measured.items()}
-                sizes = {f"{name} peak MiB": max(values) / 2**20 for name, values in peaks.items()}
+            common = (folder, ranks, arguments.steps, length, JSONS[stage])
+            peaks: dict[str, list[int]] = {name: [] for name in (*(f"ours {c}" for c in counts), *kinds)}
+            work = {f"ours {count}": partial(ours, *common, count, peaks[f"ours {count}"]) for count in counts}
+            work |= {kind: partial(hf_trainer, *common, kind, peaks[kind]) for kind in kinds}
+            seconds = harness.alternate(work, arguments.rounds)
+            measured = {name: harness.summary(values) for name, values in seconds.items()}
+            for count, kind in product(counts, kinds):
+                names = {"ours": f"ours {count}", "HF Trainer": kind}
+                ratio = harness.paired_ratio(seconds[kind], seconds[f"ours {count}"])
+                row = {"stage": stage, "ours recomputes": count, "HF": kind}
+                details = {"parameters": parameters, "ranks": ranks, "length": length, "times_faster": ratio}
+                details["seconds"] = {who: measured[name] for who, name in names.items()}
+                details["peak_bytes"] = {who: peaks[name] for who, name in names.items()}
+                harness.record("step", {**row, **details})
+                speeds = {f"{who} tokens/s": ranks * length / measured[name]["median"] for who, name in names.items()}
+                sizes = {f"{who} peak MiB": max(peaks[name]) / 2**20 for who, name in names.items()}
                 rows.append({**row, **speeds, "ratio": ratio, **sizes})
-                steps_at.setdefault(R, measured["ours"]["median"])
+                steps_at.setdefault(R, measured[f"ours {count}"]["median"])
         print(markdown.table(rows))
         shares = []
         torch.set_num_threads(1)  # as a rank has
         for r in (R, 2 * R, 8 * R):
             if r not in steps_at:
-                steps_at[r] = ours(folder, ranks, arguments.steps, length, JSONS[stages[0]], kinds[0][0], [], r)
+                steps_at[r] = ours(folder, ranks, arguments.steps, length, JSONS[stages[0]], counts[0], [], r)
             step = steps_at[r]
             seconds = preconditioner_seconds(folder, r, ranks, 5)
             added = median(a - b for a, b in zip(seconds["with"], seconds["without"], strict=True))
