@@ -1,12 +1,13 @@
 """Seconds and memory from a base to adapters set, against PEFT's LoRA-GA.
 
     python tools/bench/init.py                        1 rank, a Llama shape of 372 M parameters in fp32
+    python tools/bench/init.py --roads ours           one of our roads and PEFT's alone
     python tools/bench/init.py --ranks 1,2,4          ours over ranks: the busy seconds of each
     python tools/bench/init.py --short                a smaller model, for make bench
 
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
-checkpointing as PEFT's road is, with it as is our default, and bounded by ``layer_groups`` besides.  PEFT's:
-``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
+checkpointing as PEFT's road is and as our default is where memory allows, with it, and bounded by ``layer_groups``
+besides.  PEFT's: ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
 Each measurement has processes of its own; those that are timed touch their memory before.  Memory is the peak of live
 tensor bytes beyond the model's.
 """
@@ -197,9 +198,9 @@ def run_road(
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def one_rank(folder: Path, length: int, rounds: int, zero: str) -> list[dict[str, Any]]:
-    """Time and memory of each road."""
-    roads = [*ROADS, "PEFT"]
+def one_rank(folder: Path, length: int, rounds: int, zero: str, ours: list[str]) -> list[dict[str, Any]]:
+    """Time and memory of these roads of ours and of PEFT's."""
+    roads = [*ours, "PEFT"]
     phases: dict[str, dict[str, float]] = {}
 
     def seconds_of(road: str) -> float:
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="370M")
     parser.add_argument("--length", type=int, default=256, help="tokens a sample")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--roads", default=",".join(ROADS), help="ours, checkpointing, bounded")
     parser.add_argument("--ranks", default="", help="ours over these numbers of ranks instead, e.g. 1,2,4")
     parser.add_argument("--zero", default="ds_configs/zero3.json")
     parser.add_argument("--short", action="store_true")
@@ -267,7 +269,8 @@ def main() -> None:
             ranks = [int(n) for n in arguments.ranks.split(",")]
             print(markdown.table(scaling(folder, arguments.length, arguments.zero, ranks)))
             return
-        print(markdown.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero)))
+        roads = arguments.roads.split(",")
+        print(markdown.table(one_rank(folder, arguments.length, arguments.rounds, arguments.zero, roads)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Both train adapters of the same rank on all linear layers with AdamW, fp32 on a 
 JSON, micro-batch 1, every sample of the same length; each is started by deepspeed, alternately, and each of ours is set
 against each of the peer's of the same round.  Seconds are those of the median step of a run, without the first ones;
 memory is the peak while training, of a GPU's allocator or else of the process (resident, imports included; have the
-environment set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 1048576, or glibc keeps what was freed).
+environment set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 1048576, or glibc keeps what was freed).  With
+``--count`` it is that of live tensor bytes, and the seconds are of no use.
 
 The preconditioner is timed by itself, on the adapters of the same model and one rank's share of them, and compared with
 a step of ours at the same rank r, in the first stage.
@@ -39,19 +40,21 @@ MODELS = {  # parameters: hidden, intermediate, layers, heads, key/value heads, 
     "400M": (1536, 4096, 14, 12, 12, 4096),
     "60M": (512, 1408, 16, 8, 4, 4096),
 }
+COUNT = "BENCH_COUNTS_TENSORS"
 R, ALPHA, WARM = 8, 16, 2  # steps that are not counted: the first ones also build and connect
 JSONS = {"stage 3": "ds_configs/zero3.json", "stage 0": "ds_configs/stage0.json"}
 
 
-def launch(log: Path, ranks: int, *command: object) -> None:
-    """Run a script by deepspeed on this machine's ranks; a failure shows the end of its log."""
+def launch(log: Path, ranks: int, *command: object, checkout: Path = harness.ROOT) -> None:
+    """Run a script of a checkout by deepspeed on this machine's ranks; a failure shows the end of its log."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     port = ["--master_addr", "127.0.0.1", "--master_port", harness.free_port()]
-    started = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, *port, *command]
+    counted = [harness.ROOT / "tools/bench/counted.py"] if COUNT in environment else []
+    started = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, *port, *counted, *command]
     with log.open("w") as file:
-        done = subprocess.run(list(map(str, started)), env=environment, stdout=file, stderr=file, cwd=harness.ROOT)
+        done = subprocess.run(list(map(str, started)), env=environment, stdout=file, stderr=file, cwd=checkout)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{log.read_text()[-3000:]}")
 
@@ -142,7 +145,10 @@ def main() -> None:
     parser.add_argument("--peer", default="non_reentrant,none", help="checkpointing of HF Trainer")
     parser.add_argument("--stages", default="stage 3,stage 0")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--count", action="store_true", help="peaks of tensor bytes, one round")
     arguments = parser.parse_args()
+    if arguments.count:
+        os.environ[COUNT], arguments.rounds = "1", 1
     if arguments.short:
         arguments.model, arguments.length, arguments.steps, arguments.rounds = "60M", 128, 6, 2
     ranks, length = arguments.ranks, arguments.length
@@ -167,12 +173,14 @@ def main() -> None:
                 details = {"parameters": parameters, "ranks": ranks, "length": length, "times_faster": ratio}
                 details["seconds"] = {who: measured[name] for who, name in names.items()}
                 details["peak_bytes"] = {who: peaks[name] for who, name in names.items()}
-                harness.record("step", {**row, **details})
+                harness.record("step, tensor bytes" if arguments.count else "step", {**row, **details})
                 speeds = {f"{who} tokens/s": ranks * length / measured[name]["median"] for who, name in names.items()}
                 sizes = {f"{who} peak MiB": max(peaks[name]) / 2**20 for who, name in names.items()}
                 rows.append({**row, **speeds, "ratio": ratio, **sizes})
                 steps_at.setdefault(R, measured[f"ours {count}"]["median"])
         print(markdown.table(rows))
+        if arguments.count:
+            return
         shares = []
         torch.set_num_threads(1)  # as a rank has
         for r in (R, 2 * R, 8 * R):
