@@ -7,9 +7,9 @@
 
 Ours: gradient, SVD, broadcast, adapters in place (init.method lora_one with its defaults): without gradient
 checkpointing as PEFT's road is and as our default is where memory allows, with it, and bounded by ``layer_groups``
-besides.  PEFT's: ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1; without the loading.
-Each measurement has processes of its own; those that are timed touch their memory before.  Memory is the peak of live
-tensor bytes beyond the model's.
+besides.  PEFT's: ``preprocess_loraga`` and ``get_peft_model``.  The same weights, the same batches, micro-batch 1;
+without the loading.  Each measurement has processes of its own; those that are timed touch their memory before.  Memory
+is the peak of live tensor bytes beyond the model's.
 """
 
 from __future__ import annotations
