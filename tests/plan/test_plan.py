@@ -109,7 +109,8 @@ def test_shares_shrink_with_ranks_and_groups():
     owned = 4 * sum(target.m * target.n for target in found.targets)
     assert one["gradient"]["owned"] == owned
     assert owned / 8 <= eight["gradient"]["owned"] <= 1.01 * owned / 8
-    assert owned / 32 <= memory(8, "init.layer_groups=4")["svd"]["owned"] <= 1.05 * owned / 32
+    grouped = memory(8, "init.layer_groups=4", "init.num_samples=16")  # two passes: the second begins with all of it
+    assert owned / 32 <= grouped["gradient"]["owned"] <= 1.05 * owned / 32
     assert memory(8, "init.buffer=host")["gradient"]["owned"] == 0
     assert memory(8, "init.halves=true")["gradient"]["owned"] == 2 * eight["gradient"]["owned"]
 
