@@ -235,22 +235,25 @@ def run(
     at_once: int = 1,
     ranks: int = 1,
     say: Callable[[str], None] = print,
+    start: Callable[[Point, int, Mapping[str, str]], Any] | None = None,
 ) -> dict[str, str]:
     """Run what is not done.  Returns the end of the log of each run that failed, by name.
 
-    However it is left, no process that it started goes on.
+    However it is left, no process that it started goes on.  ``start``: how a run becomes a process that leads a session
+    of its own, in place of subprocess.Popen.
     """
     left = [point for point in points if point.summary() is None]
     say(f"{len(points)} runs, {len(points) - len(left)} done before, {len(left)} to do")
     slots = free_slots(at_once, ranks) if left else []
-    going: list[tuple[Point, subprocess.Popen[bytes], dict[str, str], float]] = []
+    start = start or _start
+    going: list[tuple[Point, Any, dict[str, str], float]] = []
     failed: dict[str, str] = {}
     number, total = 0, len(left)
     try:
         while left or going:
             while left and slots:
                 point, slot = left.pop(0), slots.pop()
-                going.append((point, _start(point, ranks, slot), slot, time.monotonic()))
+                going.append((point, start(point, ranks, slot), slot, time.monotonic()))
             for entry in [entry for entry in going if entry[1].poll() is not None]:
                 point, process, slot, began = entry
                 going.remove(entry)
@@ -281,7 +284,7 @@ def _start(point: Point, ranks: int, slot: Mapping[str, str]) -> subprocess.Pope
         )
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[Any]) -> None:
     """Ask to stop, wait, kill: these processes and what they started, nothing else."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:

@@ -1,4 +1,4 @@
-"""The study's base: a Llama of 5.5 M parameters and its tokenizer, trained from scratch on Debian's documentation.
+"""The study's bases: Llamas of 5.5 M and 1.9 M parameters and their tokenizer, trained on Debian's documentation.
 
     python tools/study/base.py --packages runs/study/packages --out runs/study/base --steps 600
 
@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,22 @@ from tools.study import corpus, tasks
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 VOCAB_SIZE = 4096
-HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 768, 4, 4
 ROW_LENGTH, ROWS = 64, 32
 PEAK_RATE, WARMUP_SHARE, WEIGHT_DECAY = 3e-3, 0.05, 0.1
 HELD_OUT_ROWS, LOG_STEPS = 128, 25
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a base."""
+
+    hidden: int
+    intermediate: int
+    layers: int = 4
+    heads: int = 4
+
+
+SIZES = {"5.5M": Size(256, 768), "1.9M": Size(128, 384)}
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -57,16 +70,16 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, size: Size, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
             max_position_embeddings=2 * ROW_LENGTH,
             tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id,
@@ -120,7 +133,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, texts: Sequence[str])
     return sum(float(model(input_ids=batch, labels=batch).loss) for batch in batches) / len(batches)
 
 
-def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2) -> dict[str, Any]:
+def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2, size: str = "5.5M") -> dict[str, Any]:
     """Fetch, train, write; returns what ``base.json`` says.  A base of so many steps that is there is not made again.
 
     Raises:
@@ -129,10 +142,10 @@ def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2)
     """
     if (out / "base.json").is_file():
         facts = json.loads((out / "base.json").read_text(encoding="utf-8"))
-        if (facts["steps"], facts["seed"]) != (steps, seed):
+        held, asked = (facts.get("size", "5.5M"), facts["steps"], facts["seed"]), (size, steps, seed)
+        if held != asked:
             raise ValueError(
-                f"{out}: holds a base of {facts['steps']} steps and seed {facts['seed']}, asked for are {steps} and "
-                f"{seed}. Give another folder."
+                f"{out}: holds a base of size, steps, seed {held}, asked for are {asked}. Give another folder."
             )
         return facts
     versions = corpus.fetch(packages)
@@ -143,13 +156,14 @@ def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2)
     torch.set_num_threads(threads)
     began = time.monotonic()
     tokenizer = make_tokenizer(parts["base"])
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, SIZES[size], seed)
     train(model, draw_rows(tokenizer, parts["base"], seed), steps)
     facts = {
         "packages": versions,
         "paragraphs": {name: len(texts) for name, texts in paragraphs.items()},
         "characters": sum(map(len, parts["base"])),
         "parameters": model.num_parameters(),
+        "size": size,
         "steps": steps,
         "tokens": steps * ROWS * ROW_LENGTH,
         "seed": seed,
@@ -173,8 +187,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", choices=list(SIZES), default="5.5M", help="parameters")
     args = parser.parse_args()
-    print(json.dumps(make(args.packages, args.out, args.steps, args.seed, args.threads), indent=1))
+    print(json.dumps(make(args.packages, args.out, args.steps, args.seed, args.threads, args.size), indent=1))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -93,10 +94,10 @@ METHODS = {
 }
 
 
-def write_config(out: Path, task: str, budget: Budget) -> Path:
-    """The YAML that all runs of a task start from."""
-    raw = {
-        "model": {"path": str(out / "base"), "dtype": "fp32", "recompute": "none"},
+def config(out: Path, task: str, budget: Budget, model: Path) -> dict[str, Any]:
+    """What all runs of a task start from."""
+    return {
+        "model": {"path": str(model), "dtype": "fp32", "recompute": "none"},
         "data": {
             "train": str(out / "data" / task / "train.jsonl"),
             "eval": str(out / "data" / task / "eval.jsonl"),
@@ -109,15 +110,19 @@ def write_config(out: Path, task: str, budget: Budget) -> Path:
             "micro_batch_size": BATCH,
             "global_batch_size": BATCH,
             "exact_match_samples": budget.eval_rows,
-            "exact_match_pattern": tasks.PATTERN,
-            "exact_match_max_new_tokens": tasks.MAX_NEW_TOKENS,
+            "exact_match_pattern": tasks.TASKS[task].pattern,
+            "exact_match_max_new_tokens": tasks.TASKS[task].max_new_tokens,
         },
         "deepspeed": {"config": str(ROOT / "ds_configs" / "stage0.json")},
         "checkpoint": {"steps": 0},
         "output_dir": str(out / "unplaced"),
     }
+
+
+def write_config(out: Path, task: str, budget: Budget) -> Path:
+    """The YAML that all runs of a task start from."""
     path = out / f"{task}.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config(out, task, budget, out / "base-5.5M"), sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -212,7 +217,7 @@ def main() -> int:
     budget = BUDGETS[args.budget]
     study = Study(args.out, budget, list(METHODS), args.at_once)
     try:
-        facts = base.make(args.out / "packages", args.out / "base", budget.base_steps)
+        facts = base.make(args.out / "packages", args.out / "base-5.5M", budget.base_steps)
         if not args.report_only:
             prepare(args.out, budget)
             if args.base_only:

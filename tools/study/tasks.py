@@ -1,4 +1,4 @@
-"""Two fine-tuning tasks made of real paragraphs: which word is missing, and where does a passage come from.
+"""Three fine-tuning tasks made of real paragraphs: which word is missing, where a passage comes from, its long words.
 
 In: paragraphs by source.  Out: JSONL with prompt and completion, a function of text and seed alone.  A paragraph is for
 the base or for the tasks' training or for their evaluation, by its hash: the three never share one.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +19,7 @@ WORDS, BEFORE = 14, 9  # of a passage, about 24 tokens; of them before a gap
 GAP_WORDS = ("of", "to", "in", "for", "with", "on", "by", "from", "at", "as", "that", "which", "if", "is", "are", "not")
 GAP = "..."
 LABELLED = ("debian", "vim", "perl", "calls", "library", "concepts")  # to tell apart; the last three are near
-PATTERN = r"^\s*(\w+)"  # of the answer: the first word that is written
-MAX_NEW_TOKENS = 4  # of the longest answer, with some room
+LISTED, LONG, FEWEST_LONG = 10, 6, 3  # words of a passage to list; letters of a long one; at least so many long ones
 BASE_OF, TRAIN_OF = 11, 15  # of 16 paragraphs the first are for the base, the next for training, the last to evaluate
 Row = dict[str, str]
 
@@ -78,6 +79,25 @@ def _source_row(label: str, rng: random.Random, text: str) -> Row | None:
     return {"prompt": f"{' '.join(words[start : start + WORDS])}\nSource:", "completion": f" {label}"}
 
 
+def make_words(paragraphs: Mapping[str, Sequence[str]], count: int, rng: random.Random, taken: set[str]) -> list[Row]:
+    """Passages and their long words in order, each with its number of letters: answers of about twenty tokens."""
+    texts = [text for own in paragraphs.values() for text in own]
+    rng.shuffle(texts)
+    left = dict.fromkeys(texts)
+    return [_take(left, partial(_words_row, rng), taken) for _ in range(count)]
+
+
+def _words_row(rng: random.Random, text: str) -> Row | None:
+    words = text.split(" ")
+    start = rng.randint(0, max(0, len(words) - LISTED))
+    passage = words[start : start + LISTED]
+    bare = [re.sub(r"[^a-z]", "", word.lower()) for word in passage]
+    long = [f"{word} {len(word)}" for word in bare if len(word) >= LONG]
+    if len(long) < FEWEST_LONG:
+        return None
+    return {"prompt": f"{' '.join(passage)}\nLong words:", "completion": f" {', '.join(long)}"}
+
+
 def _take(left: dict[str, None], make: Callable[[str], Row | None], taken: set[str]) -> Row:
     """The row of the first text ``left`` that gives a new one; no other row takes that text."""
     for text in left:
@@ -89,19 +109,32 @@ def _take(left: dict[str, None], make: Callable[[str], Row | None], taken: set[s
     raise ValueError("the text has too few passages. Give more text, or ask for fewer rows.")
 
 
-TASKS: dict[str, Callable[[Mapping[str, Sequence[str]], int, random.Random, set[str]], list[Row]]] = {
-    "gap": make_gap,
-    "source": make_source,
+@dataclass(frozen=True)
+class Task:
+    """How a task's rows are made, and how its answers are read."""
+
+    make: Callable[[Mapping[str, Sequence[str]], int, random.Random, set[str]], list[Row]]
+    pattern: str | None
+    """Of the answer in what is generated; none: all of it."""
+    max_new_tokens: int
+    """Of the longest answer, with some room."""
+
+
+FIRST_WORD = r"^\s*(\w+)"
+TASKS = {
+    "gap": Task(make_gap, FIRST_WORD, 4),
+    "source": Task(make_source, FIRST_WORD, 4),
+    "words": Task(make_words, None, 40),
 }
 
 
 def write(paragraphs: Mapping[str, Sequence[str]], folder: Path, train: int, held_out: int, seed: int) -> None:
-    """``folder/<task>/train.jsonl`` and ``eval.jsonl`` for every task."""
-    for task, make in TASKS.items():
-        (folder / task).mkdir(parents=True, exist_ok=True)
+    """``folder/<name>/train.jsonl`` and ``eval.jsonl`` for every task."""
+    for name, task in TASKS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
         taken: set[str] = set()  # manuals repeat sentences: what is trained on shall not be asked for
         for part, count in (("train", train), ("eval", held_out)):
-            rng = random.Random(f"{seed} {task} {part}")
-            rows = make(of_part(paragraphs, part), count, rng, taken)
+            rng = random.Random(f"{seed} {name} {part}")
+            rows = task.make(of_part(paragraphs, part), count, rng, taken)
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / task / f"{part}.jsonl").write_text(text, encoding="utf-8")
+            (folder / name / f"{part}.jsonl").write_text(text, encoding="utf-8")
