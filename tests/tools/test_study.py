@@ -45,7 +45,7 @@ Any program which runs right is obsolete, as everybody knows by now.
 def sentences(count: int, seed: int) -> list[str]:
     """Paragraphs that hold every gap word in some place."""
     rng, found = random.Random(seed), []
-    nouns = ["disk", "file", "page", "host", "user", "shell", "signal", "socket"]
+    nouns = ["disk", "file", "page", "shell", "process", "library", "signal", "socket"]
     for i in range(count):
         words = rng.sample(tasks.GAP_WORDS, len(tasks.GAP_WORDS))
         found.append(f"Case {i} " + " ".join(f"{word} {rng.choice(nouns)}" for word in words) + " ends.")
@@ -115,6 +115,9 @@ def test_train_and_eval_share_nothing_and_answers_are_balanced(task, paragraphs,
     assert len(set(prompts)) == len(prompts)
     for own in rows.values():
         answers = [row["completion"] for row in own]
+        if task == "words":
+            assert len(set(answers)) > len(answers) / 2
+            continue
         counts = [answers.count(answer) for answer in set(answers)]
         assert len(counts) == (len(tasks.GAP_WORDS if task == "gap" else tasks.LABELLED))
         assert max(counts) - min(counts) <= 1
@@ -125,11 +128,16 @@ def test_train_and_eval_share_nothing_and_answers_are_balanced(task, paragraphs,
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_the_pattern_finds_the_answer_and_the_prompt_does_not_hold_it(task, paragraphs):
-    rows = tasks.TASKS[task](tasks.of_part(paragraphs, "train"), 48, random.Random(0), set())
+    rows = tasks.TASKS[task].make(tasks.of_part(paragraphs, "train"), 48, random.Random(0), set())
     for row in rows:
-        (answer,) = re.findall(tasks.PATTERN, row["completion"])
-        assert row["completion"] == f" {answer}"
         first, last = row["prompt"].split("\n")
+        if task == "words":
+            assert tasks.TASKS[task].pattern is None
+            long = [word for word in re.sub(r"[^a-z ]", "", first.lower()).split() if len(word) >= tasks.LONG]
+            assert row["completion"] == " " + ", ".join(f"{word} {len(word)}" for word in long)
+            continue
+        (answer,) = re.findall(tasks.FIRST_WORD, row["completion"])
+        assert row["completion"] == f" {answer}"
         if task == "gap":
             after = first.removeprefix(f"{tasks.GAP} ")
             assert len(f"{last} {after}".split()) <= tasks.WORDS
@@ -198,7 +206,7 @@ def small(tmp_path, paragraphs, model_folder) -> study.Study:
     budget = study.Budget(base_steps=1, steps=24, rates=3, seeds=3, train_rows=48, eval_rows=16)
     out = tmp_path / "study"
     tasks.write(paragraphs, out / "data", 48, 16, 0)
-    (out / "base").symlink_to(model_folder("llama"))
+    (out / "base-5.5M").symlink_to(model_folder("llama"))
     for task in tasks.TASKS:
         study.write_config(out, task, budget)
     return study.Study(out, budget, ["full fine-tuning", "LoRA-One"], at_once=1)
