@@ -73,7 +73,7 @@ def largest_eigenvalue(
 class _Adapted(nn.Module):
     """``W x + s (B A - B0 A0) x`` with plain operations, which can be differentiated twice."""
 
-    def __init__(self, linear: nn.Module, A: torch.Tensor, B: torch.Tensor, scale: float, compensated: bool):
+    def __init__(self, linear: Any, A: torch.Tensor, B: torch.Tensor, scale: float, compensated: bool):
         super().__init__()
         weight = linear.weight.detach()
         self.weight = weight - scale * B @ A if compensated else weight
