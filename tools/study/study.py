@@ -109,7 +109,7 @@ def config(out: Path, task: str, budget: Budget, model: Path) -> dict[str, Any]:
             "max_steps": budget.steps,
             "micro_batch_size": BATCH,
             "global_batch_size": BATCH,
-            "exact_match_samples": budget.eval_rows,
+            "exact_match_samples": min(budget.eval_rows, tasks.TASKS[task].most_answers),
             "exact_match_pattern": tasks.TASKS[task].pattern,
             "exact_match_max_new_tokens": tasks.TASKS[task].max_new_tokens,
         },

@@ -118,13 +118,15 @@ class Task:
     """Of the answer in what is generated; none: all of it."""
     max_new_tokens: int
     """Of the longest answer, with some room."""
+    most_answers: int
+    """Held-out rows to answer, at most: a token costs as much as a row of an evaluation."""
 
 
 FIRST_WORD = r"^\s*(\w+)"
 TASKS = {
-    "gap": Task(make_gap, FIRST_WORD, 4),
-    "source": Task(make_source, FIRST_WORD, 4),
-    "words": Task(make_words, None, 40),
+    "gap": Task(make_gap, FIRST_WORD, 4, 256),
+    "source": Task(make_source, FIRST_WORD, 4, 256),
+    "words": Task(make_words, None, 40, 64),
 }
 
 
