@@ -69,9 +69,27 @@ WHY = (  # interventions beside the forms, for the table of hypotheses
     Variant("paper, eps 1e-12", "paper", {"optim.eps": "1e-12"}, 1e-2),
     Variant("none, eps 1e-12", "none", {"optim.eps": "1e-12"}),
 )
+WINNER = "rescaled, relative 1"  # of the first stage
+FACTORS = (
+    Variant(WINNER, WINNER),
+    Variant("none", "none"),
+    Variant("gamma 16", WINNER, {"init.gamma": "16"}),
+    Variant("gamma 1024", WINNER, {"init.gamma": "1024"}),
+    Variant("8 samples", WINNER, {"init.num_samples": "8"}),
+    Variant("no rsLoRA", WINNER, {"lora.use_rslora": "false"}, 1e-2),
+)
+FINALISTS = (Variant("none", "none"), Variant(WINNER, WINNER), Variant("paper", "paper", middle=1e-2))
 SMALL = tuple(f"1.9M/{task}" for task in tasks.TASKS)
 EVERY = (DEMO, *(f"{size}/{task}" for size in base.SIZES for task in tasks.TASKS))
-STAGES = {stage.name: stage for stage in (Stage("forms", SMALL, FORMS), Stage("why", ("1.9M/gap", "1.9M/words"), WHY))}
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("forms", SMALL, FORMS),
+        Stage("why", ("1.9M/gap", "1.9M/words"), WHY),
+        Stage("factors", EVERY[1:], FACTORS),
+        Stage("seeds", EVERY, FINALISTS, SEEDS),
+    )
+}
 
 
 def write_configs(out: Path) -> None:

@@ -50,6 +50,7 @@ FORMS: Mapping[str, Form] = {
     "rescaled": replace(PAPER, rescale=True),
     "rescaled, relative 0.1": replace(RELATIVE, damping=0.1, rescale=True),
     "rescaled, relative 1": replace(RELATIVE, damping=1.0, rescale=True),
+    "rescaled, relative 10": replace(RELATIVE, damping=10.0, rescale=True),
     "first Gram": replace(RELATIVE, memory=1.0),
     "slow Gram": replace(RELATIVE, memory=0.95),
     "warm-up": replace(RELATIVE, warm_up=56),
