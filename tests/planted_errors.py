@@ -70,15 +70,16 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                '            if config.preconditioner == "riemannian":\n'
-                "                pair = precondition(A, B, *pair, config.damping)\n",
+                '            if config.form != "none":\n'
+                "                pair = precondition(A, B, *pair, config.damping_in_force, "
+                'config.form == "rescaled")\n',
                 "            before = (A.clone(), B.clone())\n",
             ),
             (
                 "                    config.weight_decay,\n                )\n",
                 "                    config.weight_decay,\n                )\n"
-                '            if config.preconditioner == "riemannian":\n'
-                "                moved = precondition(*before, A - before[0], B - before[1], config.damping)\n"
+                '            if config.form != "none":\n'
+                "                moved = precondition(*before, A - before[0], B - before[1], config.damping_in_force)\n"
                 "                A.copy_(before[0] + moved[0])\n"
                 "                B.copy_(before[1] + moved[1])\n",
             ),
@@ -125,6 +126,13 @@ ERRORS = [
         ),
         "train/test_optim.py",
         "float64_loop or near_singular",
+    ),
+    Planted(
+        "a rescaled gradient with the norm of all layers of a stack",
+        "train/optim.py",
+        (("norms = (torch.linalg.matrix_norm(tensor, keepdim=True)", "norms = (tensor.norm()"),),
+        "train/test_optim.py",
+        "float64_loop",
     ),
     Planted(
         "an fp32 Gram",

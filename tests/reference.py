@@ -45,6 +45,7 @@ def riemannian_adamw(
     *,
     ratio_b: float,
     damping: float | None,
+    rescale: bool,
     clip: float,
     betas: tuple[float, float],
     eps: float,
@@ -60,7 +61,12 @@ def riemannian_adamw(
             (A, B), eye = state[i], torch.eye(state[i][0].shape[0], dtype=torch.float64)
             g = [gA.double() * scale, gB.double() * scale]
             if damping is not None:
-                g = [torch.linalg.inv(B.T @ B + damping * eye) @ g[0], g[1] @ torch.linalg.inv(A @ A.T + damping * eye)]
+                grams = [B.T @ B, A @ A.T]
+                units = [torch.linalg.eigvalsh(gram).mean() if rescale else 1.0 for gram in grams]
+                P = [torch.linalg.inv(gram + damping * unit * eye) for gram, unit in zip(grams, units, strict=True)]
+                raw, g = g, [P[0] @ g[0], g[1] @ P[1]]
+                if rescale:
+                    g = [new * (old.norm() / new.norm()) for new, old in zip(g, raw, strict=True)]
             for side in (0, 1):
                 m = betas[0] * moments[i][side][0] + (1 - betas[0]) * g[side]
                 v = betas[1] * moments[i][side][1] + (1 - betas[1]) * g[side] ** 2

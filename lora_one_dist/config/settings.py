@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
+DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6}
 DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
 GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
 COMPENSATED_METHODS = ("lora_one_v1", "lora_ga", "pissa")
@@ -177,16 +179,29 @@ class OptimConfig(_Group):
     """AdamW's epsilon, above 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, at least 0."""
-    preconditioner: Literal["riemannian", "none"] = "riemannian"
-    """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347)."""
-    damping: Annotated[float, only_with("optim.preconditioner", "riemannian")] = Field(1e-6, gt=0)
-    """The preconditioner's damping, above 0. Sweep it with the rate: tuned values in papers span 1e-6 to 100."""
+    preconditioner: Literal["rescaled", "riemannian", "none"] | None = None
+    """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
+    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need
+    (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
+    damping: Annotated[float | None, not_with("optim.preconditioner", "none")] = Field(None, gt=0)
+    """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, default 1; riemannian:
+    as it is, default 1e-6: tuned values in papers span 1e-6 to 100."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up: linear or cosine to 0 at the last step, or constant."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up from 0, at least 0."""
+
+    @property
+    def form(self) -> str:
+        """The preconditioner in force: as given, or the optimizer's own default."""
+        return self.preconditioner or DEFAULT_FORM[self.name]
+
+    @property
+    def damping_in_force(self) -> float:
+        """``damping``, or the default of the preconditioner in force, which is not none."""
+        return self.damping if self.damping is not None else DEFAULT_DAMPING[self.form]
 
 
 class TrainConfig(_Group):

@@ -35,6 +35,7 @@ from lora_one_dist.cluster import comm, hierarchy, ownership
 from lora_one_dist.config.settings import OptimConfig
 from lora_one_dist.initialise import spectral
 
+TINY = 1e-30  # in place of a mean eigenvalue or a norm that is zero
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # adapter elements preconditioned at once: what a cache holds; few kernels
 
 
@@ -57,16 +58,21 @@ def precondition(
     grad_A: torch.Tensor,
     grad_B: torch.Tensor,
     damping: float,
+    rescale: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(B'B + damping I)^-1 grad_A`` and ``grad_B (AA' + damping I)^-1``, both from the values before the step.
 
     A, grad_A (k, r, n); B, grad_B (k, m, r); returns fp32 of the same shapes.  Grams, their inverses and the products
     with them are fp64: with damping 1e-6 the fp32 Gram of a near-singular B is wrong by 1e-2 to 1.
 
+    Args:
+        rescale: each result keeps the Frobenius norm of its gradient, and ``damping`` is in units of the mean eigenvalue
+            of its Gram: what AdamW's moments remember stays comparable while the pair grows.
+
     Raises:
         OptimizerError: if a damped Gram is not positive definite (damping below fp64 rounding of a huge Gram).
 
-    Source: arXiv 2402.02347, equation 5; arXiv 2502.01235, algorithm 1.
+    Source: arXiv 2402.02347, equation 5; arXiv 2502.01235, algorithm 1.  rescale: results/defaults.
     """
     new_A, new_B = torch.empty_like(grad_A, dtype=torch.float32), torch.empty_like(grad_B, dtype=torch.float32)
     layers = max(1, CHUNK[A.device.type] // (A[0].numel() + B[0].numel()))
@@ -74,21 +80,32 @@ def precondition(
     failed = []
     for A_i, B_i, grad_A_i, grad_B_i, new_A_i, new_B_i in zip(*stacks, strict=True):
         A64, B64 = A_i.double(), B_i.double()
-        inverse_B, failed_B = _damped_inverse(B64.mT @ B64, damping)
-        inverse_A, failed_A = _damped_inverse(A64 @ A64.mT, damping)
-        new_A_i.copy_(inverse_B @ grad_A_i.double())
-        new_B_i.copy_(grad_B_i.double() @ inverse_A)
+        inverse_B, failed_B = _damped_inverse(B64.mT @ B64, damping, rescale)
+        inverse_A, failed_A = _damped_inverse(A64 @ A64.mT, damping, rescale)
+        for new, grad, product in (
+            (new_A_i, grad_A_i.double(), inverse_B @ grad_A_i.double()),
+            (new_B_i, grad_B_i.double(), grad_B_i.double() @ inverse_A),
+        ):
+            new.copy_(_with_norm_of(grad, product) if rescale else product)
         failed += [failed_A, failed_B]
     if bool(torch.cat(failed).any()):  # asked once: a GPU would be waited for each time
         raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
     return new_A, new_B
 
 
-def _damped_inverse(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _damped_inverse(gram: torch.Tensor, damping: float, relative: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Of r x r matrices, and which have none: a product with it takes half the time of solving for each column."""
-    gram.diagonal(dim1=-2, dim2=-1).add_(damping)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # Plain LoRA's first B is zero, and so is what its inverse would multiply.
+    diagonal.add_(damping * diagonal.mean(-1, keepdim=True).clamp(min=TINY) if relative else damping)
     factor, info = torch.linalg.cholesky_ex(gram)
     return torch.cholesky_inverse(factor), info
+
+
+def _with_norm_of(grad: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """``product`` scaled to the norm of ``grad``, matrix by matrix; zero where that is zero."""
+    norms = (torch.linalg.matrix_norm(tensor, keepdim=True) for tensor in (grad, product))
+    return product * (next(norms) / next(norms).clamp(min=TINY))
 
 
 def adamw_(
@@ -326,8 +343,8 @@ class LayerShardedOptimizer:
         for block in self._own_blocks():
             A, B = block.split(self.masters, self.layout.r)
             pair = block.split(grads, self.layout.r)
-            if config.preconditioner == "riemannian":
-                pair = precondition(A, B, *pair, config.damping)
+            if config.form != "none":
+                pair = precondition(A, B, *pair, config.damping_in_force, config.form == "rescaled")
             for side, (parameter, grad) in enumerate(zip((A, B), pair, strict=True)):
                 rate = lr * (config.lr_ratio_b if side else 1.0)
                 if self.first is None or self.second is None:

@@ -75,8 +75,8 @@ def test_defaults_are_the_papers_recipe(here):
     config = parse_config(valid())
     assert (config.lora.r, config.lora.alpha, config.lora.use_rslora) == (8, 16.0, True)
     assert (config.init.method, config.gamma, config.init.num_samples) == ("lora_one", 128.0, 8)
-    assert (config.optim.name, config.optim.lr, config.optim.damping) == ("adamw", 2e-4, 1e-6)
-    assert (config.optim.preconditioner, config.optim.lr_ratio_b, config.optim.betas) == ("riemannian", 1, (0.9, 0.999))
+    assert (config.optim.name, config.optim.lr, config.optim.damping_in_force) == ("adamw", 2e-4, 1.0)
+    assert (config.optim.form, config.optim.lr_ratio_b, config.optim.betas) == ("rescaled", 1, (0.9, 0.999))
     assert (config.model.dtype, config.train.global_batch_size, config.data.max_length) == ("bf16", 32, 1024)
     assert config.deepspeed.stage == 3
 
@@ -153,8 +153,8 @@ def test_last_override_wins_and_opens_a_group_that_is_absent_or_empty(here):
 WINS = [
     # the YAML, overrides, what they set, and the settings of the YAML that are left out
     ({"optim__damping": 0.1}, ["optim.preconditioner=none"], {"optim.preconditioner": "none"}, ["optim.damping"]),
-    ({"optim__damping": 0.1}, ["optim.damping=null"], {"optim.damping": 1e-6}, []),
-    ({"optim__damping": 0.1}, ["optim.damping=null", "optim.preconditioner=none"], {"optim.damping": 1e-6}, []),
+    ({"optim__damping": 0.1}, ["optim.damping=null"], {"optim.damping": None}, []),
+    ({"optim__damping": 0.1}, ["optim.damping=null", "optim.preconditioner=none"], {"optim.damping": None}, []),
     ({"optim__betas": [0.8, 0.9], "optim__eps": 1e-6}, ["optim.name=sgd"], {}, ["optim.betas", "optim.eps"]),
     ({"init__gamma": 9, "init__layer_groups": 2}, ["init.method=pissa"], {"init.layer_groups": 2}, ["init.gamma"]),
     ({"init__method": "lora_ga"}, ["init.adapter=adapter"], {"init.adapter": "adapter"}, ["init.method"]),
@@ -326,7 +326,7 @@ BOUNDS = [
     ("init.method", METHODS, ["olora"]),
     ("init.average", ["micro_batch"], ["sample"]),
     ("init.buffer", ["host"], ["disk"]),
-    ("optim.preconditioner", ["none"], ["shampoo"]),
+    ("optim.preconditioner", ["none", "riemannian", "rescaled"], ["shampoo"]),
     ("optim.schedule", ["cosine", "constant"], ["wsd"]),
 ]
 

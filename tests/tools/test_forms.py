@@ -32,14 +32,14 @@ def walk(form: forms.Form, steps: int = 5, start: int = 0) -> tuple[torch.Tensor
     return A, B
 
 
-@pytest.mark.parametrize("name", ["none", "paper", "damping 1"])
+@pytest.mark.parametrize("name", ["none", "paper", "damping 1", "rescaled, relative 1"])
 def test_the_package_s_own_forms_are_the_package_s(name):
     (A, B), form = pair(0), forms.FORMS[name]
     kept = [torch.zeros_like(t) for t in (A, A, B, B)]
     for step in range(1, 6):
         grads = pair(10 + step)
         if name != "none":
-            grads = optim.precondition(A, B, *grads, form.damping)
+            grads = optim.precondition(A, B, *grads, form.damping, form.rescale)
         for value, grad, first, second in ((A, grads[0], *kept[:2]), (B, grads[1], *kept[2:])):
             optim.adamw_(value, grad, first, second, step, 0.1, BETAS, EPS, 0.0)
     # fp32 steps of 0.1 in another order of operations: 6e-8 each, times the condition of a Gram.

@@ -259,4 +259,4 @@ def test_every_method_has_a_config_that_is_accepted(small):
         points = every.sweep_points(task)
         assert len(points) == 5 * len(study.METHODS)
         assert len({point.name for point in points}) == len(points)
-        assert [point.config.optim.preconditioner for point in points[:11]].count("riemannian") == 3
+        assert [point.config.optim.preconditioner for point in points[:11]].count("rescaled") == 3

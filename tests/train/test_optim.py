@@ -38,7 +38,8 @@ def gradients(step: int, micro_batch: int) -> list[tuple[torch.Tensor, torch.Ten
 
 
 CONFIGS = {
-    "riemannian": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, damping=1e-6),
+    "rescaled": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, damping=1e-3),
+    "riemannian": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, preconditioner="riemannian"),
     "plain-lora-plus": OptimConfig(lr=1e-2, preconditioner="none", lr_ratio_b=4.0, max_grad_norm=0.0),
 }
 
@@ -82,7 +83,8 @@ def truth(config: OptimConfig):
         summed,
         [config.lr / (step + 1) for step in range(STEPS)],
         ratio_b=config.lr_ratio_b,
-        damping=config.damping if config.preconditioner == "riemannian" else None,
+        damping=None if config.form == "none" else config.damping_in_force,
+        rescale=config.form == "rescaled",
         clip=config.max_grad_norm,
         betas=config.betas,
         eps=config.eps,
@@ -94,7 +96,7 @@ def truth(config: OptimConfig):
     ("name", "hosts"),  # a letter a rank, and the name of its host
     [
         *product(CONFIGS, ("a", "aa", "aaa", "aaaa")),
-        *product(("riemannian",), ("abc", "aabb", "abab", "aaab")),
+        *product(("rescaled",), ("abc", "aabb", "abab", "aaab")),
     ],
 )
 def test_steps_equal_the_float64_loop(name, hosts):
@@ -157,6 +159,19 @@ def test_preconditioner_is_invariant_to_the_factorisation():
     assert reference.relative(moved(torch.linalg.inv(Q) @ A, B @ Q), moved(A, B)) <= 1e-4  # fp32 through cond(Q)
 
 
+def test_rescaled_keeps_norms_and_does_not_see_the_size_of_the_pair():
+    generator = torch.Generator().manual_seed(8)
+    A, B, gA, gB = (torch.randn(2, *size, generator=generator) for size in ((R, 16), (24, R), (R, 16), (24, R)))
+    new = optim.precondition(A, B, gA, gB, 0.1, rescale=True)
+    for got, raw in zip(new, (gA, gB), strict=True):
+        torch.testing.assert_close(torch.linalg.matrix_norm(got), torch.linalg.matrix_norm(raw))
+    for got, same in zip(new, optim.precondition(A * 1e-3, B * 1e3, gA, gB, 0.1, rescale=True), strict=True):
+        assert reference.relative(same, got.double()) <= TOLERANCE
+    new_A, new_B = optim.precondition(A, torch.zeros_like(B), torch.zeros_like(gA), gB, 1.0, rescale=True)
+    assert not new_A.any(), "plain LoRA's first step"
+    assert new_B.isfinite().all()
+
+
 def test_sgd_is_preconditioned_gradient_descent():
     config = OptimConfig(name="sgd", lr=0.5, max_grad_norm=0.0, weight_decay=0.2)
     (trained, _), *_ = run_ranks(1, train_pairs, config, 1)
@@ -165,7 +180,7 @@ def test_sgd_is_preconditioned_gradient_descent():
         rate = config.lr / (step + 1)
         for pair, (gA, gB) in zip(state, gradients(step, 0), strict=True):
             A, B = pair
-            eye = config.damping * torch.eye(R, dtype=torch.float64)
+            eye = config.damping_in_force * torch.eye(R, dtype=torch.float64)
             pair[0] = A * (1 - rate * 0.2) - rate * torch.linalg.inv(B.T @ B + eye) @ gA.double()
             pair[1] = B * (1 - rate * 0.2) - rate * gB.double() @ torch.linalg.inv(A @ A.T + eye)
     for i, (pair, expected) in enumerate(zip(trained, state, strict=True)):
