@@ -66,8 +66,8 @@ def precondition(
     with them are fp64: with damping 1e-6 the fp32 Gram of a near-singular B is wrong by 1e-2 to 1.
 
     Args:
-        rescale: each result keeps the Frobenius norm of its gradient, and ``damping`` is in units of the mean eigenvalue
-            of its Gram: what AdamW's moments remember stays comparable while the pair grows.
+        rescale: each result keeps the Frobenius norm of its gradient, and ``damping`` is in units of its Gram's mean
+            eigenvalue: what AdamW's moments remember stays comparable while the pair grows.
 
     Raises:
         OptimizerError: if a damped Gram is not positive definite (damping below fp64 rounding of a huge Gram).

@@ -25,7 +25,9 @@ class Forked:
     def __init__(self, point: sweep.Point, environment: Mapping[str, str]):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.process = context.Process(target=_run, args=(point.script, point.arguments, point.log, dict(environment)))
+        self.process = context.Process(
+            target=_run, args=(point.script, point.arguments, point.log, dict(environment)), daemon=True
+        )
         self.process.start()
         self.pid = self.process.pid
 

@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a plain checkout too
 
 from lora_one_dist.commands import sweep, sweep_report
-from tools.study import base, corpus, report, tasks
+from tools.study import base, corpus, forked, report, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ROOT / "tools" / "study" / "full.py"
@@ -201,7 +201,7 @@ class Study:
                 self._run(stage(task))
 
     def _run(self, points: Sequence[sweep.Point]) -> None:
-        self.failed |= sweep.run(points, self.at_once, say=lambda line: print(line, flush=True))
+        self.failed |= sweep.run(points, self.at_once, say=lambda line: print(line, flush=True), start=forked.start)
 
 
 def main() -> int:
