@@ -257,6 +257,6 @@ def test_every_method_has_a_config_that_is_accepted(small):
     for task in tasks.TASKS:
         every = study.Study(small.out, study.BUDGETS["floor"], list(study.METHODS), 1)
         points = every.sweep_points(task)
-        assert len(points) == 5 * len(study.METHODS)
+        assert len(points) == 3 * len(study.METHODS)
         assert len({point.name for point in points}) == len(points)
         assert [point.config.optim.preconditioner for point in points[:11]].count("rescaled") == 3
