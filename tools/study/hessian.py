@@ -34,7 +34,7 @@ from lora_one_dist.data.split import training_data
 from tools.study import base, forked, study, tasks
 
 METHODS = ("LoRA", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA-One v1", "LoRA-One")
-ROWS, MAX_ITERATIONS, TOLERANCE = 64, 40, 5e-3
+ROWS, MAX_ITERATIONS, TOLERANCE = 32, 40, 5e-3
 
 
 def largest_eigenvalue(
@@ -104,7 +104,7 @@ def curvature(folder: Path, config: Config) -> dict[str, float]:
     model, parameters = adapted(folder, config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data = training_data(load_rows(config.data.train, "train", ROWS), tokenizer, config.data)
-    batch = collate([data.dataset[i] for i in range(ROWS)], tokenizer.pad_token_id)
+    batch = collate(list(data.dataset), tokenizer.pad_token_id)
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
     loss = nn.functional.cross_entropy(
         logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX
