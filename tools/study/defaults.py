@@ -70,6 +70,7 @@ WHY = (  # interventions beside the forms, for the table of hypotheses
     Variant("none, eps 1e-12", "none", {"optim.eps": "1e-12"}),
 )
 WINNER = "rescaled, relative 1"  # of the first stage
+RIVAL_NAMES = ("after, relative 1", "around, not rescaled", "rescaled, relative 0.1")  # the next best
 FACTORS = (
     Variant(WINNER, WINNER),
     Variant("none", "none"),
@@ -78,7 +79,8 @@ FACTORS = (
     Variant("8 samples", WINNER, {"init.num_samples": "8"}),
     Variant("no rsLoRA", WINNER, {"lora.use_rslora": "false"}, 1e-2),
 )
-FINALISTS = (Variant("none", "none"), Variant(WINNER, WINNER), Variant("paper", "paper", middle=1e-2))
+FINALISTS = tuple(Variant(name, name) for name in ("none", WINNER))
+RIVALS = tuple(variant for variant in FORMS if variant.name in RIVAL_NAMES)
 SMALL = tuple(f"1.9M/{task}" for task in tasks.TASKS)
 EVERY = (DEMO, *(f"{size}/{task}" for size in base.SIZES for task in tasks.TASKS))
 STAGES = {
@@ -88,6 +90,7 @@ STAGES = {
         Stage("why", ("1.9M/gap", "1.9M/words"), WHY),
         Stage("factors", EVERY[1:], FACTORS),
         Stage("seeds", EVERY, FINALISTS, SEEDS),
+        Stage("rivals", SMALL, (*FINALISTS, *RIVALS), SEEDS),
     )
 }
 
