@@ -70,7 +70,7 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                '            if config.form != "none":\n'
+                "            if config.damping_in_force is not None:\n"
                 "                pair = precondition(A, B, *pair, config.damping_in_force, "
                 'config.form == "rescaled")\n',
                 "            before = (A.clone(), B.clone())\n",
@@ -78,8 +78,11 @@ ERRORS = [
             (
                 "                    config.weight_decay,\n                )\n",
                 "                    config.weight_decay,\n                )\n"
-                '            if config.form != "none":\n'
-                "                moved = precondition(*before, A - before[0], B - before[1], config.damping_in_force)\n"
+                "            if config.damping_in_force is not None:\n"
+                '                rescale = config.form == "rescaled"\n'
+                "                moved = precondition(\n"
+                "                    *before, A - before[0], B - before[1], config.damping_in_force, rescale\n"
+                "                )\n"
                 "                A.copy_(before[0] + moved[0])\n"
                 "                B.copy_(before[1] + moved[1])\n",
             ),
@@ -130,7 +133,7 @@ ERRORS = [
     Planted(
         "a rescaled gradient with the norm of all layers of a stack",
         "train/optim.py",
-        (("norms = (torch.linalg.matrix_norm(tensor, keepdim=True)", "norms = (tensor.norm()"),),
+        (("(torch.linalg.matrix_norm(t, keepdim=True, dtype=torch.float64) for t", "(t.double().norm() for t"),),
         "train/test_optim.py",
         "float64_loop",
     ),

@@ -289,7 +289,8 @@ def _end(processes: Sequence[Any]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it ends by itself, or leads no group yet
+                    os.killpg(process.pid, number)
         deadline = time.monotonic() + GRACE_SECONDS
         with contextlib.suppress(KeyboardInterrupt):  # a second one: do not wait, kill
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

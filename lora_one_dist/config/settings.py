@@ -16,7 +16,7 @@ from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
-DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6}
+DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
 DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
 GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
 COMPENSATED_METHODS = ("lora_one_v1", "lora_ga", "pissa")
@@ -183,9 +183,15 @@ class OptimConfig(_Group):
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
     paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need
     (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
-    damping: Annotated[float | None, not_with("optim.preconditioner", "none")] = Field(None, gt=0)
+    damping: Annotated[
+        float | None,
+        not_with("optim.preconditioner", "none"),
+        not_with(
+            "optim.preconditioner", None, otherwise="needs optim.preconditioner beside it: its unit depends on it."
+        ),
+    ] = Field(None, gt=0)
     """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, default 1; riemannian:
-    as it is, default 1e-6: tuned values in papers span 1e-6 to 100."""
+    as it is, default 1e-6; tuned values in papers span 1e-6 to 100."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -199,8 +205,8 @@ class OptimConfig(_Group):
         return self.preconditioner or DEFAULT_FORM[self.name]
 
     @property
-    def damping_in_force(self) -> float:
-        """``damping``, or the default of the preconditioner in force, which is not none."""
+    def damping_in_force(self) -> float | None:
+        """``damping``, or the default of the preconditioner in force; without one: None."""
         return self.damping if self.damping is not None else DEFAULT_DAMPING[self.form]
 
 

@@ -33,11 +33,14 @@ UNLOGGED = ("model.path", "data", "lora.target_modules", "output_dir", "resume",
 def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any) -> dict[str, Any]:
     """What a run is: its settings, layers, and the fingerprints of base, training and evaluation data.  Pure."""
     layers = [[target.name, target.m, target.n] for target in targets]
+    settings = config.model_dump(mode="json")
+    # A default that depends on other settings, or changes with a version, is stored as what it was.
+    settings["optim"] |= {"preconditioner": config.optim.form, "damping": config.optim.damping_in_force}
     # Through JSON, as it will be read back.
     return json.loads(
         json.dumps(
             {
-                "config": config.model_dump(mode="json"),
+                "config": settings,
                 "targets": layers,
                 "base": base,
                 "train_data": train,

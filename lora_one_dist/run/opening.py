@@ -98,6 +98,9 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     record.say(f"{launch.world_size} ranks on {on}, {comm.device().type}, launched by {launch.source}")
     record.say(f"base {config.model.path} {config.model.dtype}, {_where_the_base_is(config)}; {how}")
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
+    damping = config.optim.damping_in_force
+    how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"
+    record.say(f"{config.optim.name}, {how}")
     for purpose, tokens in (("training", read.train), ("evaluation", read.held.tokens if read.held else None)):
         if tokens is not None:
             fill = tokens.num_tokens / (len(tokens) * config.data.max_length)

@@ -82,11 +82,11 @@ def precondition(
         A64, B64 = A_i.double(), B_i.double()
         inverse_B, failed_B = _damped_inverse(B64.mT @ B64, damping, rescale)
         inverse_A, failed_A = _damped_inverse(A64 @ A64.mT, damping, rescale)
-        for new, grad, product in (
-            (new_A_i, grad_A_i.double(), inverse_B @ grad_A_i.double()),
-            (new_B_i, grad_B_i.double(), grad_B_i.double() @ inverse_A),
-        ):
-            new.copy_(_with_norm_of(grad, product) if rescale else product)
+        new_A_i.copy_(inverse_B @ grad_A_i.double())
+        new_B_i.copy_(grad_B_i.double() @ inverse_A)
+        if rescale:
+            _give_norm_of(grad_A_i, new_A_i)
+            _give_norm_of(grad_B_i, new_B_i)
         failed += [failed_A, failed_B]
     if bool(torch.cat(failed).any()):  # asked once: a GPU would be waited for each time
         raise OptimizerError(f"optim.damping = {damping:g}: B'B + damping I is not positive definite. Raise it.")
@@ -102,10 +102,10 @@ def _damped_inverse(gram: torch.Tensor, damping: float, relative: bool) -> tuple
     return torch.cholesky_inverse(factor), info
 
 
-def _with_norm_of(grad: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """``product`` scaled to the norm of ``grad``, matrix by matrix; zero where that is zero."""
-    norms = (torch.linalg.matrix_norm(tensor, keepdim=True) for tensor in (grad, product))
-    return product * (next(norms) / next(norms).clamp(min=TINY))
+def _give_norm_of(grad: torch.Tensor, new: torch.Tensor) -> None:
+    """Scale ``new`` to the norm of ``grad``, matrix by matrix, in place; zero where that is zero."""
+    wanted, found = (torch.linalg.matrix_norm(t, keepdim=True, dtype=torch.float64) for t in (grad, new))
+    new.mul_(wanted / found.clamp(min=TINY))
 
 
 def adamw_(
@@ -343,7 +343,7 @@ class LayerShardedOptimizer:
         for block in self._own_blocks():
             A, B = block.split(self.masters, self.layout.r)
             pair = block.split(grads, self.layout.r)
-            if config.form != "none":
+            if config.damping_in_force is not None:
                 pair = precondition(A, B, *pair, config.damping_in_force, config.form == "rescaled")
             for side, (parameter, grad) in enumerate(zip((A, B), pair, strict=True)):
                 rate = lr * (config.lr_ratio_b if side else 1.0)

@@ -71,7 +71,7 @@ def write(raw: dict[str, Any], **policy: Any) -> dict[str, Any]:
 # What loads -----------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers_recipe(here):
+def test_defaults_are_as_documented(here):
     config = parse_config(valid())
     assert (config.lora.r, config.lora.alpha, config.lora.use_rslora) == (8, 16.0, True)
     assert (config.init.method, config.gamma, config.init.num_samples) == ("lora_one", 128.0, 8)
@@ -113,7 +113,7 @@ def test_resolved_yaml_loads_to_the_same_config(changes, here):
 def test_scientific_notation_without_a_point_is_a_number(here):
     # PyYAML reads 2e-4 as a string: YAML 1.1 asks for a point.
     Path("run.yaml").write_text(yaml.safe_dump(valid()) + "optim:\n  lr: 2e-4\n  eps: 1e-10\n  betas: [9e-1, .95]\n")
-    config = load_config("run.yaml", ["optim.damping=3E+1"])
+    config = load_config("run.yaml", ["optim.preconditioner=rescaled", "optim.damping=3E+1"])
     assert (config.optim.lr, config.optim.eps, config.optim.damping) == (2e-4, 1e-10, 30.0)
     assert config.optim.betas == (0.9, 0.95)
 
@@ -150,11 +150,12 @@ def test_last_override_wins_and_opens_a_group_that_is_absent_or_empty(here):
     assert (config.lora.r, config.optim.lr) == (32, 1.0)
 
 
+DAMPED = {"optim__preconditioner": "riemannian", "optim__damping": 0.1}
 WINS = [
     # the YAML, overrides, what they set, and the settings of the YAML that are left out
-    ({"optim__damping": 0.1}, ["optim.preconditioner=none"], {"optim.preconditioner": "none"}, ["optim.damping"]),
-    ({"optim__damping": 0.1}, ["optim.damping=null"], {"optim.damping": None}, []),
-    ({"optim__damping": 0.1}, ["optim.damping=null", "optim.preconditioner=none"], {"optim.damping": None}, []),
+    (DAMPED, ["optim.preconditioner=none"], {"optim.preconditioner": "none"}, ["optim.damping"]),
+    (DAMPED, ["optim.damping=null"], {"optim.damping": None}, []),
+    (DAMPED, ["optim.damping=null", "optim.preconditioner=none"], {"optim.damping": None}, []),
     ({"optim__betas": [0.8, 0.9], "optim__eps": 1e-6}, ["optim.name=sgd"], {}, ["optim.betas", "optim.eps"]),
     ({"init__gamma": 9, "init__layer_groups": 2}, ["init.method=pissa"], {"init.layer_groups": 2}, ["init.gamma"]),
     ({"init__method": "lora_ga"}, ["init.adapter=adapter"], {"init.adapter": "adapter"}, ["init.method"]),
@@ -334,10 +335,11 @@ BOUNDS = [
 @pytest.mark.parametrize(("key", "good", "bad"), BOUNDS, ids=[key for key, _, _ in BOUNDS])
 def test_range_of_a_field_is_closed_or_open_as_documented(key, good, bad, here):
     name = key.replace(".", "__")
+    beside = {"optim__preconditioner": "rescaled"} if key == "optim.damping" else {}
     for value in good:
-        assert problems(valid(**{name: value})) == [], value
+        assert problems(valid(**beside, **{name: value})) == [], value
     for value in bad:
-        found = problems(valid(**{name: value}))
+        found = problems(valid(**beside, **{name: value}))
         assert len(found) == 1, (value, found)
         assert found[0].startswith(key)
 
@@ -417,6 +419,11 @@ RULES = [
         {"optim__betas": [0.9, 1.0]},
         "optim.betas = 1.0",
         "should be less than 1. AdamW's moment decays, each in [0, 1).",
+    ),
+    (
+        {"optim__damping": 0.1},
+        "optim.damping = 0.1",
+        "needs optim.preconditioner beside it",
     ),
     (
         {"optim__preconditioner": "none", "optim__damping": 1.0},

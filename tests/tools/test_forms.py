@@ -1,4 +1,4 @@
-"""The study's forms of the preconditioner against the package's own two, and against what defines the others."""
+"""The study's forms of the preconditioner against the package's own, and against what defines the others."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_the_package_s_own_forms_are_the_package_s(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", forms.FORMS)
-def test_every_form_gives_finite_steps_and_is_a_form_of_its_own(name):
-    ends = {other: walk(form) for other, form in forms.FORMS.items()}
-    assert all(bool(tensor.isfinite().all()) for tensor in ends[name])
-    assert [other for other, end in ends.items() if torch.equal(end[0], ends[name][0])] in ([name], ["paper", name])
+def test_every_form_gives_finite_steps_and_is_a_form_of_its_own():
+    ends = {name: walk(form) for name, form in forms.FORMS.items()}
+    for name, end in ends.items():
+        assert all(bool(tensor.isfinite().all()) for tensor in end), name
+        assert [other for other in ends if torch.equal(ends[other][0], end[0])] == [name]
 
 
-def test_rescaled_gradients_keep_their_norm_and_first_steps_their_size():
+def test_a_rescaled_step_keeps_its_size():
     (A, B), grads = pair(0), pair(1)
     given = forms.steps_of_pairs(A, B, *grads, moments(), 1, BETAS, EPS, forms.FORMS["after"])
     for step in given:  # AdamW's first step is the sign of the gradient: its norm is the root of its entries

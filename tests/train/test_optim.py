@@ -133,14 +133,15 @@ def test_preconditioner_near_singular():
     assert reference.relative(new_B, gB.double() @ torch.linalg.inv(A64 @ A64.mT + eye)) <= TOLERANCE
 
 
-def test_preconditioner_takes_every_layer_of_a_stack(monkeypatch):
+@pytest.mark.parametrize("rescale", [False, True])
+def test_preconditioner_takes_every_layer_of_a_stack(monkeypatch, rescale):
     """Of five layers two at a time: each as by itself, up to the order of fp64 sums."""
     generator = torch.Generator().manual_seed(7)
     stack = [torch.randn(5, *size, generator=generator) for size in ((R, 16), (24, R), (R, 16), (24, R))]
     monkeypatch.setitem(optim.CHUNK, "cpu", 2 * R * (16 + 24))
-    new = optim.precondition(*stack, 1e-6)
+    new = optim.precondition(*stack, 1e-6, rescale)
     for i in range(5):
-        alone = optim.precondition(*(tensor[i : i + 1] for tensor in stack), 1e-6)
+        alone = optim.precondition(*(tensor[i : i + 1] for tensor in stack), 1e-6, rescale)
         for one, all_of_them in zip(alone, new, strict=True):
             assert reference.relative(all_of_them[i], one[0].double()) <= 1e-7
 

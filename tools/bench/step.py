@@ -126,7 +126,7 @@ def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dic
 
     def update(precondition: bool) -> None:
         for (A, B, grad_A, grad_B), state in zip(pairs, moments, strict=True):
-            grads = optim.precondition(A, B, grad_A, grad_B, 1e-6) if precondition else (grad_A, grad_B)
+            grads = optim.precondition(A, B, grad_A, grad_B, 1.0, rescale=True) if precondition else (grad_A, grad_B)
             for i, (parameter, grad) in enumerate(zip((A, B), grads, strict=True)):
                 optim.adamw_(parameter, grad, state[i], state[i + 2], 1, 1e-4, (0.9, 0.999), 1e-8, 0.0)
 

@@ -6,7 +6,7 @@
 
 The plan, with the rule of what wins, was written before the first run: results/defaults/PLAN.md.  A cell is a base and
 a task; a variant is a form (:mod:`forms`) with other settings.  Every variant has three rates half a decade apart, and
-more on the side where the least loss is at an edge; then the best rate at five seeds.  Runs are those of
+more on the side where the least loss is at an edge; then the best rate at five other seeds.  Runs are those of
 launch/train.py, one rank each, two at once; what is done is not done again.
 
 Out: ``--results`` (results/defaults): runs.jsonl, tables.md, plots.
@@ -15,6 +15,7 @@ Out: ``--results`` (results/defaults): runs.jsonl, tables.md, plots.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from tools.study import base, corpus, defaults_report, forked, forms, study, tas
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_FORM = ROOT / "tools" / "study" / "train_form.py"
 BUDGET = study.BUDGETS["floor"]
-SEEDS, MAX_RUNS, EXTENSIONS = 5, 600, 3
+FRESH_SEEDS, MAX_RUNS, EXTENSIONS = 5, 600, 3
 HALF_DECADES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEMO = "demo"
 
@@ -40,8 +41,8 @@ class Variant:
     """One choice of settings."""
 
     name: str
-    form: str | None = None
-    """Of the preconditioner, by train_form.py; none: the package's, as ``settings`` say."""
+    form: str
+    """Of the preconditioner, by train_form.py."""
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)
     middle: float = 3e-3
     """Of the three rates to begin with."""
@@ -54,7 +55,8 @@ class Stage:
     name: str
     cells: tuple[str, ...]
     variants: tuple[Variant, ...]
-    seeds: int = 1
+    fresh: int = 0
+    """Seeds beside the one that chooses the rate, on which alone the stage is judged."""
 
 
 # Of the three rates to begin with: where steps shrink or grow with the Grams the rates are others.
@@ -74,6 +76,7 @@ RIVAL_NAMES = ("after, relative 1", "around, not rescaled", "rescaled, relative 
 FACTORS = (
     Variant(WINNER, WINNER),
     Variant("none", "none"),
+    Variant("paper", "paper"),
     Variant("gamma 16", WINNER, {"init.gamma": "16"}),
     Variant("gamma 1024", WINNER, {"init.gamma": "1024"}),
     Variant("8 samples", WINNER, {"init.num_samples": "8"}),
@@ -89,8 +92,8 @@ STAGES = {
         Stage("forms", SMALL, FORMS),
         Stage("why", ("1.9M/gap", "1.9M/words"), WHY),
         Stage("factors", EVERY[1:], FACTORS),
-        Stage("seeds", EVERY, FINALISTS, SEEDS),
-        Stage("rivals", SMALL, (*FINALISTS, *RIVALS), SEEDS),
+        Stage("seeds", EVERY, FINALISTS, FRESH_SEEDS),
+        Stage("rivals", SMALL, (*FINALISTS, *RIVALS), FRESH_SEEDS),
     )
 }
 
@@ -116,8 +119,9 @@ def write_configs(out: Path) -> None:
 
 
 def _write(path: Path, raw: dict[str, dict[str, object]]) -> None:
-    """Without answers: what is chosen by is the held-out loss."""
+    """Without answers: what is chosen by is the held-out loss.  The package's own preconditioner is not used."""
     raw["model"]["recompute"] = "none"
+    raw["optim"] |= {"preconditioner": "riemannian", "damping": 1e-6}  # as it was: another default is the same run
     raw["checkpoint"] = {"steps": 0}
     raw["train"] = {key: value for key, value in raw["train"].items() if not key.startswith("exact_match")}
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
@@ -139,12 +143,10 @@ class Runs:
                 self.out / "defaults" / "runs" / cell.replace("/", "-"),
                 {**variant.settings, "optim.lr": repr(rate), "train.seed": str(seed)},
                 ["optim.lr", "train.seed"],
-                sweep.TRAIN if variant.form is None else TRAIN_FORM,
+                TRAIN_FORM,
                 {"variant": variant.name},
             )
-            if variant.form is not None:
-                point = replace(point, arguments=("--form", variant.form, *point.arguments))
-            self.points[key] = point
+            self.points[key] = replace(point, arguments=("--form", variant.form, *point.arguments))
         return self.points[key]
 
     def loss(self, cell: str, variant: Variant, rate: float, seed: int) -> float | None:
@@ -188,7 +190,7 @@ class Runs:
             return edges
         seeds = [
             self.point(cell, variant, best, seed)
-            for seed in range(1, stage.seeds)
+            for seed in range(1, stage.fresh + 1)
             for cell, variant in _pairs(stage)
             if (best := self.best(cell, variant)) is not None and self.loss(cell, variant, best, seed) is None
         ]
@@ -206,6 +208,12 @@ class Runs:
         rate = HALF_DECADES[beyond]
         return [] if self.point(cell, variant, rate, 0).name in self.failed else [rate]
 
+    def failures(self) -> dict[str, str]:
+        """What is kept of runs that failed and were not run again, by name."""
+        path = self.out / "defaults" / "failed.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {**kept, **self.failed}
+
     def run(self, stage: Stage) -> None:
         """Everything of a stage that is not done."""
         while points := self.wanted(stage):
@@ -216,6 +224,7 @@ class Runs:
                 )
             print(f"{stage.name}: {done} runs are done", flush=True)
             self.failed |= sweep.run(points, self.at_once, say=_say, start=forked.start)
+            (self.out / "defaults" / "failed.json").write_text(json.dumps(self.failures(), indent=1), encoding="utf-8")
 
 
 def _pairs(stage: Stage) -> Iterator[tuple[str, Variant]]:

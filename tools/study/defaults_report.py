@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -49,28 +50,55 @@ def run_rows(runs: Runs, stage: Stage) -> list[dict[str, Any]]:
     found = []
     for cell in stage.cells:
         for variant in stage.variants:
-            tried = {(rate, 0) for rate in runs.tried(cell, variant)}
             best = runs.best(cell, variant)
-            tried |= {(best, seed) for seed in range(1, stage.seeds) if best is not None}
+            tried = {(rate, 0) for rate in runs.tried(cell, variant)}
+            tried |= {(best, seed) for seed in range(1, stage.fresh + 1) if best is not None}
             for rate, seed in sorted(tried):
                 point = runs.point(cell, variant, rate, seed)
-                summary = point.summary()
-                if summary is None and point.name not in runs.failed:
+                summary, failure = point.summary(), runs.failures().get(point.name)
+                if summary is None and failure is None:
                     continue
                 row = {"cell": cell, "variant": variant.name, "lr": rate, "seed": seed}
-                seconds = None if summary is None else round(sum(phase["seconds"] for phase in summary["phases"]), 1)
-                loss = None if summary is None else summary["after"]["eval_loss"]
-                found.append({**row, "eval_loss": loss, "seconds": seconds})
+                if summary is None:
+                    found.append({**row, "failed": failure})
+                    continue
+                seconds = round(sum(phase["seconds"] for phase in summary["phases"]), 1)
+                found.append({**row, "eval_loss": summary["after"]["eval_loss"], "seconds": seconds})
     return found
 
 
-def losses(runs: Runs, cell: str, variant: Variant, seeds: int) -> list[float]:
-    """At the best rate, by seed, as far as they are there."""
-    best = runs.best(cell, variant)
-    if best is None:
-        return []
-    found = [runs.loss(cell, variant, best, seed) for seed in range(seeds)]
-    return [loss for loss in found if loss is not None]
+def losses(runs: Runs, cell: str, variant: Variant, stage: Stage) -> dict[int, float]:
+    """By seed, at the best rate: seed 0, which chose it; or of a stage with fresh seeds those alone."""
+    best, seeds = runs.best(cell, variant), range(1, stage.fresh + 1) if stage.fresh else (0,)
+    found = {} if best is None else {seed: runs.loss(cell, variant, best, seed) for seed in seeds}
+    return {seed: loss for seed, loss in found.items() if loss is not None}
+
+
+@dataclass(frozen=True)
+class Against:
+    """A variant's losses beside plain AdamW's: log ratios by cell and seed, of the seeds that both have."""
+
+    ratios: Mapping[str, Mapping[int, float]]
+
+    def mean_and_error(self, cells: Sequence[str]) -> tuple[float, float] | None:
+        """Of the mean log ratio over cells, and its standard error over seeds; None if a cell is missing."""
+        if not all(self.ratios.get(cell) for cell in cells):
+            return None
+        seeds = set.intersection(*(set(self.ratios[cell]) for cell in cells))
+        means = [fmean(self.ratios[cell][seed] for cell in cells) for seed in sorted(seeds)]
+        if not means:
+            return None
+        return fmean(means), stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+
+
+def against_plain(runs: Runs, stage: Stage, variant: Variant) -> Against:
+    """Each cell's log ratios to plain AdamW at its own best rate, seed by seed."""
+    plain = next(v for v in runs.all_variants() if v.name == BASELINE)
+    found = {}
+    for cell in stage.cells:
+        own, other = (losses(runs, cell, v, stage) for v in (variant, plain))
+        found[cell] = {seed: math.log(own[seed] / other[seed]) for seed in own.keys() & other.keys()}
+    return Against(found)
 
 
 def head(runs: Runs, count: int) -> str:
@@ -91,33 +119,53 @@ def head(runs: Runs, count: int) -> str:
 
 def stage_text(runs: Runs, stage: Stage) -> str:
     """A row for each variant: least loss and its rate in every cell, and the mean ratio to plain AdamW's."""
-    plain = next((v for v in runs.all_variants() if v.name == BASELINE), None)
-    table, failed = [], []
+    rows: list[tuple[float, dict[str, Any]]] = []
     for variant in stage.variants:
         row: dict[str, Any] = {"variant": variant.name}
-        ratios = []
+        against = against_plain(runs, stage, variant)
         for cell in stage.cells:
-            own, best = losses(runs, cell, variant, stage.seeds), runs.best(cell, variant)
-            against = losses(runs, cell, plain, stage.seeds) if plain is not None else []
-            row[cell] = f"{fmean(own):.4f} ({best:g})" if own else ""
-            if len(own) > 1 and len(own) == len(against) and variant is not plain:
-                gaps = [a - b for a, b in zip(own, against, strict=True)]
-                row[cell] += f" {fmean(gaps):+.4f} ± {stdev(gaps) / math.sqrt(len(gaps)):.4f}"
-            if own and against:
-                ratios.append(math.log(fmean(own) / fmean(against)))
-        row["mean ratio to none"] = f"{math.exp(fmean(ratios)):.3f}" if ratios else ""
-        table.append(row)
-    if stage.seeds == 1:
-        table.sort(key=lambda row: row["mean ratio to none"] or "9")
-    failed = [point.name for point in runs.points.values() if point.name in runs.failed]
+            own = losses(runs, cell, variant, stage)
+            row[cell] = f"{fmean(own.values()):.4f} ({runs.best(cell, variant):g})" if own else ""
+            if stage.fresh and variant.name != BASELINE:
+                row[cell] += _percent(against.mean_and_error([cell]))
+        mean = against.mean_and_error(stage.cells)
+        row["of none"] = "" if mean is None else f"{math.exp(mean[0]):.3f}"
+        if stage.fresh and mean is not None and variant.name != BASELINE:
+            row["of none"] += f" ± {mean[1]:.3f}"
+            row["verdict"] = verdict(against, stage.cells)
+        rows.append((math.inf if mean is None else mean[0], row))
+    if not stage.fresh:
+        rows.sort(key=lambda entry: entry[0])
     told = (
-        f"Mean over {stage.seeds} seeds at the best rate of seed 0; behind it the difference from none, paired by "
-        "seed, ± its standard error."
-        if stage.seeds > 1
-        else "Least held-out loss over the rates, and its rate; seed 0."
+        f"Mean over seeds 1 to {stage.fresh}, which chose nothing, at the rate that was best at seed 0; behind "
+        "it the difference from none in per cent, paired by seed, ± its standard error. Of none: geometric mean of the "
+        "ratios over cells. Verdict: by the plan's rule, two standard errors."
+        if stage.fresh
+        else "Least held-out loss over the rates at seed 0, and its rate. Of none: geometric mean of ratios over cells."
     )
-    ending = "\n\nFailed: " + "; ".join(sorted(set(failed))) if failed else ""
-    return f"{told}\n\n{markdown.table(table)}{ending}"
+    named = {row["variant"]: {**dict.fromkeys(rows[0][1], ""), **row} for _, row in rows}
+    failed = [f"{row['cell']}, {row['variant']}, {row['lr']:g}" for row in run_rows(runs, stage) if "failed" in row]
+    ending = "\n\nFailed: " + "; ".join(failed) if failed else ""
+    return f"{told}\n\n{markdown.table(list(named.values()))}{ending}"
+
+
+def _percent(mean: tuple[float, float] | None) -> str:
+    return "" if mean is None else f" {100 * mean[0]:+.1f} ± {100 * mean[1]:.1f} %"
+
+
+def verdict(against: Against, cells: Sequence[str]) -> str:
+    """wins: better on average by more than two standard errors, and in no cell worse by as much; loses: the reverse."""
+    every = [against.mean_and_error([cell]) for cell in cells]
+    mean = against.mean_and_error(cells)
+    if mean is None or any(one is None for one in every):
+        return "missing runs"
+    worse = [cell for cell, one in zip(cells, every, strict=True) if one is not None and one[0] > 2 * one[1]]
+    better = [cell for cell, one in zip(cells, every, strict=True) if one is not None and one[0] < -2 * one[1]]
+    if mean[0] < -2 * mean[1] and not worse:
+        return "wins"
+    if mean[0] > 2 * mean[1] and not better:
+        return "loses"
+    return "tie" + (f", worse on {', '.join(worse)}" if worse else "")
 
 
 def traces(runs: Runs, cell: str, variant: Variant, rate: float) -> list[Mapping[str, float]]:
@@ -148,15 +196,16 @@ def plot_traces(runs: Runs, stages: Sequence[Stage], path: Path) -> None:
     from matplotlib import pyplot
 
     cell = stages[0].cells[0]
+    rate = runs.best(cell, next(v for v in stages[0].variants if v.name == BASELINE)) or 0.0
     shown = [v for v in stages[0].variants if v.name in ("none", "paper", "damping 0.1", "rescaled", "after")]
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axes, key in zip(panels, ("gram_B", "rms_step_A"), strict=True):
         for variant in shown:
-            kept = traces(runs, cell, variant, 3e-3)
+            kept = traces(runs, cell, variant, rate)
             if kept:
                 axes.plot([row["step"] for row in kept], [row[key] for row in kept], label=variant.name)
         axes.set(xlabel="step", ylabel=TRACED[key], yscale="log")
     panels[0].legend(fontsize="x-small")
-    figure.suptitle(f"{cell}, rate 3e-3")
+    figure.suptitle(f"{cell}, rate {rate:g}")
     figure.savefig(path, dpi=DPI)
     pyplot.close(figure)

@@ -1,7 +1,8 @@
 """Forms of the preconditioner that were tried: pure functions of one step of the pairs of one shape.
 
 In: the stacked pairs of a :class:`lora_one_dist.train.optim.Block`, their gradients (clipped, not preconditioned) and
-moments.  Out: the step of each matrix, before the learning rate.  ``none`` and ``paper`` are the package's own two.
+moments.  Out: the step of each matrix, before the learning rate.  ``none``, ``paper`` and ``rescaled`` at any
+damping are the package's own.
 
 Notation: for lora_A the Gram is ``H = B'B``, for lora_B ``H = AA'`` (r x r); ``d`` its damping; ``u(g)`` AdamW's
 direction, of a matrix's own moments.  A preconditioner is ``P = (H + d I)^-power``.

@@ -9,16 +9,17 @@ that was cut off must start again: the moments of a form are not in its checkpoi
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a plain checkout too
 
 import torch
 
+from lora_one_dist.config.reading import load_config
 from lora_one_dist.train import optim
 from tools.study import forms
 
@@ -37,12 +38,14 @@ def use(form: forms.Form, trace: Path) -> None:
             A, B = block.split(self.masters, self.layout.r)
             grad_A, grad_B = block.split(grads, self.layout.r)
             if block.start not in kept:
+                if self.steps != 1:
+                    raise RuntimeError("a form's moments are in no checkpoint: delete the run's folder and start again")
                 zeros = [[torch.zeros_like(t) for _ in range(2)] for t in (grad_A, grad_B.mT.contiguous())]
                 kept[block.start] = (forms.Moments(*zeros[0]), forms.Moments(*zeros[1]))
             moments = kept[block.start]
             steps = forms.steps_of_pairs(A, B, grad_A, grad_B, moments, self.steps, config.betas, config.eps, form)
             if self.steps % TRACED == 1:
-                rows += facts(A, B, grad_A, grad_B, steps)
+                rows += facts(A, B, grad_A, steps)
             for value, step, rate in ((A, steps[0], lr), (B, steps[1], lr * config.lr_ratio_b)):
                 value.mul_(1 - rate * config.weight_decay).add_(step, alpha=-rate)
         if rows:
@@ -57,14 +60,12 @@ def facts(
     A: torch.Tensor,
     B: torch.Tensor,
     grad_A: torch.Tensor,
-    grad_B: torch.Tensor,
     steps: tuple[torch.Tensor, torch.Tensor],
 ) -> list[dict[str, float]]:
-    """Of each pair: mean eigenvalues and condition of its Grams, sizes of entries, where lora_A's step goes."""
+    """Of each pair: mean eigenvalue of B'B, sizes of entries, where lora_A's step goes."""
     found: list[dict[str, float]] = []
-    for a, b, ga, gb, sa, sb in zip(A, B, grad_A, grad_B, *steps, strict=True):
+    for a, b, ga, sa, sb in zip(A, B, grad_A, *steps, strict=True):
         values, vectors = torch.linalg.eigh(b.double().T @ b.double())
-        other = torch.linalg.eigvalsh(a.double() @ a.double().T)
         quarter = max(1, len(values) // 4)
         rotated = (vectors.T @ sa.double()).square().sum(1)
         raw = (vectors.T @ ga.double()).square().sum(1)
@@ -72,12 +73,7 @@ def facts(
         found.append(
             {
                 "gram_B": float(values.mean()),
-                "gram_A": float(other.mean()),
-                "condition_B": float(values[-1] / values[0].clamp(min=1e-30)),
-                "rms_grad_A": float(ga.square().mean().sqrt()),
-                "rms_grad_B": float(gb.square().mean().sqrt()),
                 "rms_step_A": float(sa.square().mean().sqrt()),
-                "rms_step_B": float(sb.square().mean().sqrt()),
                 "rms_moved": float(moved.square().mean().sqrt()),
                 "weak_share": float(rotated[:quarter].sum() / rotated.sum().clamp(min=1e-30)),
                 "weak_share_of_gradient": float(raw[:quarter].sum() / raw.sum().clamp(min=1e-30)),
@@ -88,14 +84,16 @@ def facts(
 
 
 def main() -> None:
-    at = sys.argv.index("--form")
-    name = sys.argv[at + 1]
-    arguments: list[Any] = sys.argv[1:at] + sys.argv[at + 2 :]
-    folder = next(item.partition("=")[2] for item in reversed(arguments) if item.startswith("output_dir="))
-    if name not in forms.FORMS:
-        raise SystemExit(f"--form {name}: must be one of {', '.join(forms.FORMS)}")
-    (Path(folder).parent / f"{Path(folder).name}.trace.jsonl").unlink(missing_ok=True)
-    use(forms.FORMS[name], Path(folder).parent / f"{Path(folder).name}.trace.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=list(forms.FORMS), required=True)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_intermixed_args()
+    folder = Path(load_config(args.config, args.overrides).output_dir)
+    trace = folder.with_name(f"{folder.name}.trace.jsonl")
+    trace.unlink(missing_ok=True)
+    use(forms.FORMS[args.form], trace)
+    arguments = ["--config", args.config, *args.overrides]
     sys.argv = [str(ROOT / "launch" / "train.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
