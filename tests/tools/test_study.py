@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tools.study import corpus, report, study, tasks
+from tools.study import base, corpus, report, study, tasks
 
 MAN = r"""
 .TH open 2
@@ -206,7 +206,7 @@ def small(tmp_path, paragraphs, model_folder) -> study.Study:
     budget = study.Budget(base_steps=1, steps=24, rates=3, seeds=3, train_rows=48, eval_rows=16)
     out = tmp_path / "study"
     tasks.write(paragraphs, out / "data", 48, 16, 0)
-    (out / "base-5.5M").symlink_to(model_folder("llama"))
+    (out / f"base-{base.DEFAULT}").symlink_to(model_folder("llama"))
     for task in tasks.TASKS:
         study.write_config(out, task, budget)
     return study.Study(out, budget, ["full fine-tuning", "LoRA-One"], at_once=1)

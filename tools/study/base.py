@@ -46,6 +46,7 @@ class Size:
     heads: int = 4
 
 
+DEFAULT = "1.9M"
 SIZES = {"5.5M": Size(256, 768), "1.9M": Size(128, 384)}
 
 
@@ -133,7 +134,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, texts: Sequence[str])
     return sum(float(model(input_ids=batch, labels=batch).loss) for batch in batches) / len(batches)
 
 
-def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2, size: str = "5.5M") -> dict[str, Any]:
+def make(packages: Path, out: Path, steps: int, seed: int = 0, threads: int = 2, size: str = DEFAULT) -> dict[str, Any]:
     """Fetch, train, write; returns what ``base.json`` says.  A base of so many steps that is there is not made again.
 
     Raises:
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", choices=list(SIZES), default="5.5M", help="parameters")
+    parser.add_argument("--size", choices=list(SIZES), default=DEFAULT, help="parameters")
     args = parser.parse_args()
     print(json.dumps(make(args.packages, args.out, args.steps, args.seed, args.threads, args.size), indent=1))
 

@@ -130,9 +130,10 @@ def stage_text(runs: Runs, stage: Stage) -> str:
                 row[cell] += _percent(against.mean_and_error([cell]))
         mean = against.mean_and_error(stage.cells)
         row["of none"] = "" if mean is None else f"{math.exp(mean[0]):.3f}"
-        if stage.fresh and mean is not None and variant.name != BASELINE:
-            row["of none"] += f" ± {mean[1]:.3f}"
-            row["verdict"] = verdict(against, stage.cells)
+        if stage.fresh:
+            row["verdict"] = "" if variant.name == BASELINE else verdict(against, stage.cells)
+            if mean is not None and variant.name != BASELINE:
+                row["of none"] += f" ± {mean[1]:.3f}"
         rows.append((math.inf if mean is None else mean[0], row))
     if not stage.fresh:
         rows.sort(key=lambda entry: entry[0])
@@ -143,10 +144,9 @@ def stage_text(runs: Runs, stage: Stage) -> str:
         if stage.fresh
         else "Least held-out loss over the rates at seed 0, and its rate. Of none: geometric mean of ratios over cells."
     )
-    named = {row["variant"]: {**dict.fromkeys(rows[0][1], ""), **row} for _, row in rows}
     failed = [f"{row['cell']}, {row['variant']}, {row['lr']:g}" for row in run_rows(runs, stage) if "failed" in row]
     ending = "\n\nFailed: " + "; ".join(failed) if failed else ""
-    return f"{told}\n\n{markdown.table(list(named.values()))}{ending}"
+    return f"{told}\n\n{markdown.table([row for _, row in rows])}{ending}"
 
 
 def _percent(mean: tuple[float, float] | None) -> str:

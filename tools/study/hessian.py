@@ -3,8 +3,9 @@
     python tools/study/hessian.py --out runs/study
 
 The protocol of arXiv 2602.04998 (Lanczos on the adapters' parameters at their start, on training rows, fp32), with
-LoRA-One and LoRA-GA's own compensation added.  In: the study's base and tasks; starts are made by launch/train.py with
-train.max_steps 0.  Out: ``--results``/hessian.json.  Curvature of the adapters of all layers at once.
+LoRA-One added.  In: the study's base and tasks, and its study.json for the rates that won; starts are made by
+launch/train.py with train.max_steps 0.  Out: ``--results``/hessian.json and hessian.md.  Curvature of the adapters of
+all layers at once; a method's predicted rate is plain LoRA's best times the ratio of their largest eigenvalues.
 
 ``largest_eigenvalue`` is pure: any function that multiplies by a symmetric matrix.
 """
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one_dist.adapters import peft_format
-from lora_one_dist.commands import sweep
+from lora_one_dist.commands import markdown, sweep
 from lora_one_dist.config.reading import load_config
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data.batches import IGNORE_INDEX, collate
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=study.ROOT / "results" / "defaults")
     args = parser.parse_args()
     budget = study.BUDGETS["floor"]
-    base.make(args.out / "packages", args.out / "base-5.5M", budget.base_steps)
+    base.make(args.out / "packages", args.out / f"base-{base.DEFAULT}", budget.base_steps)
     study.prepare(args.out, budget)
     found = []
     for task in tasks.TASKS:
@@ -147,6 +148,31 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "hessian.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    best = best_rates(study.ROOT / "results" / "study" / "study.json")
+    (args.results / "hessian.md").write_text(markdown.table(predictions(found, best)) + "\n", encoding="utf-8")
+
+
+def best_rates(path: Path) -> dict[tuple[str, str], float]:
+    """By task and method, of a study's report; empty where there is none."""
+    if not path.is_file():
+        return {}
+    held = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return {(task, row["method"]): row["lr"] for task, found in held.items() for row in found.get("final", [])}
+
+
+def predictions(found: list[dict[str, Any]], best: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """A row for each task and method: eigenvalues, the rate that they predict, the rate that won.  Pure."""
+    plain = {row["task"]: row["largest"] for row in found if row["method"] == "LoRA"}
+    rows = []
+    for row in found:
+        task, method = row["task"], row["method"]
+        known = best.get((task, "LoRA"))
+        predicted = "" if known is None else f"{known * plain[task] / row['largest']:.1e}"
+        sizes = {"largest eigenvalue": f"{row['largest']:.3g}", "least": f"{row['smallest']:.3g}"}
+        rows.append(
+            {"task": task, "method": method, **sizes, "predicted rate": predicted, "best": best.get((task, method))}
+        )
+    return rows
 
 
 if __name__ == "__main__":

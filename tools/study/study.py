@@ -1,10 +1,10 @@
 """A small language-model study as one command: a base from real text, three tasks, eleven ways to fine-tune it.
 
-    python tools/study/study.py --out runs/study --budget floor        75 minutes on two cores, 18 of them the base
+    python tools/study/study.py --out runs/study --budget floor        35 minutes on two cores, 9 of them the base
     python tools/study/study.py --out runs/study --budget short        minutes, to see that all of it works
     python tools/study/study.py --out runs/study --report_only         tables and curves of what is done so far
 
-Fetches Debian packages (:mod:`corpus`), trains a tokenizer and a Llama of 5.5 M parameters on them (:mod:`base`), makes
+Fetches Debian packages (:mod:`corpus`), trains a tokenizer and a Llama of 1.9 M parameters on them (:mod:`base`), makes
 three tasks of paragraphs that the base has not seen (:mod:`tasks`), and runs tools/sweep.py's points: for every method
 three learning rates at one seed, one more where the best is at an edge, then the best rate at three seeds.  The
 yardstick is full fine-tuning by HF Trainer (:mod:`full`).  What is done is not done again: the same command goes on.
@@ -118,10 +118,10 @@ def config(out: Path, task: str, budget: Budget, model: Path) -> dict[str, Any]:
     }
 
 
-def write_config(out: Path, task: str, budget: Budget) -> Path:
+def write_config(out: Path, task: str, budget: Budget, size: str = base.DEFAULT) -> Path:
     """The YAML that all runs of a task start from."""
     path = out / f"{task}.yaml"
-    path.write_text(yaml.safe_dump(config(out, task, budget, out / "base-5.5M"), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config(out, task, budget, out / f"base-{size}"), sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -208,6 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of base, data and runs")
     parser.add_argument("--budget", choices=list(BUDGETS), default="floor")
+    parser.add_argument("--size", choices=list(base.SIZES), default=base.DEFAULT, help="parameters of the base")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "study", help="folder of tables and curves")
     parser.add_argument("--at_once", type=int, default=2, help="runs at one time, a thread each (2)")
     parser.add_argument("--base_only", action="store_true", help="stop when base and data are made")
@@ -216,9 +217,9 @@ def main() -> int:
     budget = BUDGETS[args.budget]
     study = Study(args.out, budget, list(METHODS), args.at_once)
     try:
-        facts = base.make(args.out / "packages", args.out / "base-5.5M", budget.base_steps)
+        facts = base.make(args.out / "packages", args.out / f"base-{args.size}", budget.base_steps, size=args.size)
         if not args.report_only:
-            prepare(args.out, budget)
+            prepare(args.out, budget, args.size)
             if args.base_only:
                 return 0
             with sweep.sigterm_interrupts():
@@ -233,12 +234,12 @@ def main() -> int:
     return 1 if study.failed else 0
 
 
-def prepare(out: Path, budget: Budget) -> None:
+def prepare(out: Path, budget: Budget, size: str = base.DEFAULT) -> None:
     """The tasks' data and the config that their runs start from."""
     paragraphs = corpus.paragraphs(out / "packages")
     tasks.write(paragraphs, out / "data", budget.train_rows, budget.eval_rows, seed=0)
     for task in tasks.TASKS:
-        write_config(out, task, budget)
+        write_config(out, task, budget, size)
 
 
 if __name__ == "__main__":
