@@ -25,7 +25,7 @@ from lora_one_dist.config.reading import parse_config
 from lora_one_dist.config.settings import CheckpointConfig
 from lora_one_dist.disk import folders
 from lora_one_dist.initialise import pairs
-from lora_one_dist.run import checkpoint
+from lora_one_dist.run import checkpoint, identity
 from tests import models
 from tests.kill_harness import COMPARED
 from tests.ranks import free_port, run_commands, run_ranks, write_json_lines
@@ -363,6 +363,28 @@ def test_what_may_change_is_logged(base, copied, tmp_path):
         assert line in said.splitlines()
     assert steps_of(copied) == [1, 2, 3, 4, 5]
     assert "output_dir is now" not in said
+
+
+def test_a_default_and_the_same_by_name_are_one_run(base, tmp_path):
+    """A preconditioner is stored as what was in force, which another version's default, or another optimizer's, is not."""
+    own, targets = {}, [Target("layer", 8, 4)]
+    for name, optim in {
+        "default": {},
+        "named": {"preconditioner": "rescaled", "damping": 1.0},
+        "sgd": {"name": "sgd"},
+        "sgd named": {"name": "sgd", "preconditioner": "riemannian"},
+        "before": {"preconditioner": "riemannian", "damping": 1e-6},
+        "none": {"preconditioner": "none"},
+    }.items():
+        chosen = {f"optim__{key}": value for key, value in optim.items()}
+        config = parse_config(settings(base, tmp_path / "out", **chosen))
+        own[name] = identity.identity(config, targets, {}, {}, {})
+    assert identity.differences(own["default"], own["named"]) == ([], [])
+    assert identity.differences(own["sgd"], own["sgd named"]) == ([], [])
+    refused, changed = identity.differences(own["before"], own["default"])
+    assert refused == ["optim.preconditioner is rescaled, was riemannian"]
+    assert changed == ["optim.damping is now 1.0, was 1e-06"]
+    assert own["none"]["config"]["optim"]["damping"] is None
 
 
 def test_shorter_run_than_its_checkpoint_is_refused(base, copied):
