@@ -366,7 +366,7 @@ def test_what_may_change_is_logged(base, copied, tmp_path):
 
 
 def test_a_default_and_the_same_by_name_are_one_run(base, tmp_path):
-    """A preconditioner is stored as what was in force, which another version's default, or another optimizer's, is not."""
+    """A preconditioner is stored as what was in force: defaults are the optimizer's, and of a version."""
     own, targets = {}, [Target("layer", 8, 4)]
     for name, optim in {
         "default": {},
