@@ -62,7 +62,7 @@ def test_rates_go_on_at_an_edge_and_the_best_goes_on_to_fresh_seeds(runs, tmp_pa
     rows = defaults_report.run_rows(runs, stage)
     assert [row["failed"] for row in rows if "failed" in row] == ["it diverged"]
     assert len(rows) == 12
-    found = defaults_report.against_plain(runs, stage, OTHER)
+    found = defaults_report.against_baseline(runs, stage, OTHER)
     mean, error = found.mean_and_error([CELL])
     assert mean == pytest.approx(math.log(0.9) + 1.5e-4, rel=1e-3), "of seeds 1 and 2, not of 0"
     assert error == pytest.approx(0.5e-4, rel=1e-2)

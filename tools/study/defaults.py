@@ -57,6 +57,8 @@ class Stage:
     variants: tuple[Variant, ...]
     fresh: int = 0
     """Seeds beside the one that chooses the rate, on which alone the stage is judged."""
+    baseline: str = "none"
+    """The variant that the others are compared with."""
 
 
 # Of the three rates to begin with: where steps shrink or grow with the Grams the rates are others.
@@ -94,6 +96,7 @@ STAGES = {
         Stage("factors", EVERY[1:], FACTORS),
         Stage("seeds", EVERY, FINALISTS, FRESH_SEEDS),
         Stage("rivals", SMALL, (*FINALISTS, *RIVALS), FRESH_SEEDS),
+        Stage("settings", SMALL, tuple(v for v in FACTORS if v.name not in ("none", "paper")), FRESH_SEEDS, WINNER),
     )
 }
 

@@ -76,7 +76,7 @@ def losses(runs: Runs, cell: str, variant: Variant, stage: Stage) -> dict[int, f
 
 @dataclass(frozen=True)
 class Against:
-    """A variant's losses beside plain AdamW's: log ratios by cell and seed, of the seeds that both have."""
+    """A variant's losses beside the baseline's: log ratios by cell and seed, of the seeds that both have."""
 
     ratios: Mapping[str, Mapping[int, float]]
 
@@ -91,9 +91,9 @@ class Against:
         return fmean(means), stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
 
 
-def against_plain(runs: Runs, stage: Stage, variant: Variant) -> Against:
-    """Each cell's log ratios to plain AdamW at its own best rate, seed by seed."""
-    plain = next(v for v in runs.all_variants() if v.name == BASELINE)
+def against_baseline(runs: Runs, stage: Stage, variant: Variant) -> Against:
+    """Each cell's log ratios to the stage's baseline at its own best rate, seed by seed."""
+    plain = next(v for v in runs.all_variants() if v.name == stage.baseline)
     found = {}
     for cell in stage.cells:
         own, other = (losses(runs, cell, v, stage) for v in (variant, plain))
@@ -120,26 +120,27 @@ def head(runs: Runs, count: int) -> str:
 def stage_text(runs: Runs, stage: Stage) -> str:
     """A row for each variant: least loss and its rate in every cell, and the mean ratio to plain AdamW's."""
     rows: list[tuple[float, dict[str, Any]]] = []
+    ratio = f"of {stage.baseline}"
     for variant in stage.variants:
         row: dict[str, Any] = {"variant": variant.name}
-        against = against_plain(runs, stage, variant)
+        against = against_baseline(runs, stage, variant)
         for cell in stage.cells:
             own = losses(runs, cell, variant, stage)
             row[cell] = f"{fmean(own.values()):.4f} ({runs.best(cell, variant):g})" if own else ""
-            if stage.fresh and variant.name != BASELINE:
+            if stage.fresh and variant.name != stage.baseline:
                 row[cell] += _percent(against.mean_and_error([cell]))
         mean = against.mean_and_error(stage.cells)
-        row["of none"] = "" if mean is None else f"{math.exp(mean[0]):.3f}"
+        row[ratio] = "" if mean is None else f"{math.exp(mean[0]):.3f}"
         if stage.fresh:
-            row["verdict"] = "" if variant.name == BASELINE else verdict(against, stage.cells)
-            if mean is not None and variant.name != BASELINE:
-                row["of none"] += f" ± {mean[1]:.3f}"
+            row["verdict"] = "" if variant.name == stage.baseline else verdict(against, stage.cells)
+            if mean is not None and variant.name != stage.baseline:
+                row[ratio] += f" ± {mean[1]:.3f}"
         rows.append((math.inf if mean is None else mean[0], row))
     if not stage.fresh:
         rows.sort(key=lambda entry: entry[0])
     told = (
         f"Mean over seeds 1 to {stage.fresh}, which chose nothing, at the rate that was best at seed 0; behind "
-        "it the difference from none in per cent, paired by seed, ± its standard error. Of none: geometric mean of the "
+        "it the difference from the baseline in per cent, paired by seed, ± its standard error. Of ...: geometric mean of the "
         "ratios over cells. Verdict: by the plan's rule, two standard errors."
         if stage.fresh
         else "Least held-out loss over the rates at seed 0, and its rate. Of none: geometric mean of ratios over cells."
