@@ -139,9 +139,9 @@ def stage_text(runs: Runs, stage: Stage) -> str:
     if not stage.fresh:
         rows.sort(key=lambda entry: entry[0])
     told = (
-        f"Mean over seeds 1 to {stage.fresh}, which chose nothing, at the rate that was best at seed 0; behind "
-        "it the difference from the baseline in per cent, paired by seed, ± its standard error. Of ...: geometric mean of "
-        "the ratios over cells. Verdict: by the plan's rule, two standard errors."
+        f"Mean over seeds 1 to {stage.fresh}, which chose nothing, at the rate that was best at seed 0; behind it the "
+        "difference from the baseline in per cent, paired by seed, ± its standard error. Of ...: geometric mean of the "
+        "ratios over cells. Verdict: by the plan's rule, two standard errors."
         if stage.fresh
         else "Least held-out loss over the rates at seed 0, and its rate. Of none: geometric mean of ratios over cells."
     )
