@@ -96,7 +96,7 @@ STAGES = {
         Stage("factors", EVERY[1:], FACTORS),
         Stage("seeds", EVERY, FINALISTS, FRESH_SEEDS),
         Stage("rivals", SMALL, (*FINALISTS, *RIVALS), FRESH_SEEDS),
-        Stage("settings", SMALL, tuple(v for v in FACTORS if v.name not in ("none", "paper")), FRESH_SEEDS, WINNER),
+        Stage("samples", SMALL, tuple(v for v in FACTORS if v.name in (WINNER, "8 samples")), FRESH_SEEDS, WINNER),
     )
 }
 
