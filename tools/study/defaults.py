@@ -31,7 +31,7 @@ from tools.study import base, corpus, defaults_report, forked, forms, study, tas
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_FORM = ROOT / "tools" / "study" / "train_form.py"
 BUDGET = study.BUDGETS["floor"]
-FRESH_SEEDS, MAX_RUNS, EXTENSIONS = 5, 600, 3
+FRESH_SEEDS, MORE_SEEDS, MAX_RUNS, EXTENSIONS = 5, 15, 600, 3
 HALF_DECADES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEMO = "demo"
 
@@ -96,6 +96,7 @@ STAGES = {
         Stage("factors", EVERY[1:], FACTORS),
         Stage("seeds", EVERY, FINALISTS, FRESH_SEEDS),
         Stage("rivals", SMALL, (*FINALISTS, *RIVALS), FRESH_SEEDS),
+        Stage("more seeds", (DEMO, "5.5M/source"), FINALISTS, MORE_SEEDS),
         Stage("samples", SMALL, tuple(v for v in FACTORS if v.name in (WINNER, "8 samples")), FRESH_SEEDS, WINNER),
     )
 }
