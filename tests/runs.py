@@ -26,7 +26,7 @@ def settings(folder: Path, out: Path, **changes) -> dict:
         "data": {"train": str(data / "train.jsonl"), "eval": str(data / "eval.jsonl"), "max_length": 32},
         "lora": {"r": 4, "alpha": 8},
         "init": {},
-        "optim": {"lr": 5e-3},
+        "optim": {"lr": 5e-3, "preconditioner": "rescaled"},
         "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 11},
         "deepspeed": {"config": "ds_configs/zero3.json"},
         "output_dir": str(out),

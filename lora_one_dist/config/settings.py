@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
+DEFAULT_FORM = {"adamw": "none", "sgd": "riemannian"}
 DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
 DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
 GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
@@ -181,8 +181,8 @@ class OptimConfig(_Group):
     """Decoupled weight decay, at least 0."""
     preconditioner: Literal["rescaled", "riemannian", "none"] | None = None
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
-    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need
-    (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
+    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need; worth trying
+    where answers are long (results/defaults). Default: none with adamw, riemannian with sgd."""
     damping: Annotated[
         float | None,
         not_with("optim.preconditioner", "none"),

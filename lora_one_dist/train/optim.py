@@ -1,4 +1,4 @@
-"""Riemannian-preconditioned AdamW or SGD on LoRA pairs, sharded by layer.
+"""AdamW or SGD on LoRA pairs, preconditioned where asked, sharded by layer.
 
 In: adapters (the same on every rank), their gradients as backward makes them.  Out: the updated adapters on every
 rank.  The pure maths come first, batched over k layers of one shape; :class:`LayerShardedOptimizer` puts the

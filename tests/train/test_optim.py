@@ -38,7 +38,7 @@ def gradients(step: int, micro_batch: int) -> list[tuple[torch.Tensor, torch.Ten
 
 
 CONFIGS = {
-    "rescaled": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, damping=1e-3),
+    "rescaled": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, preconditioner="rescaled", damping=1e-3),
     "riemannian": OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=3.0, preconditioner="riemannian"),
     "plain-lora-plus": OptimConfig(lr=1e-2, preconditioner="none", lr_ratio_b=4.0, max_grad_norm=0.0),
 }
@@ -197,7 +197,7 @@ def bad_gradients(kind: str):
     A = [nn.Parameter(torch.ones(R, n)) for _, n in SHAPES]
     B = [nn.Parameter(torch.zeros(m, R) if kind == "zero-B" else torch.ones(m, R)) for m, _ in SHAPES]
     adapters = [Adapter(Target(f"layer.{i}", *s), A[i], B[i], A[i]) for i, s in enumerate(SHAPES)]
-    optimizer = optim.LayerShardedOptimizer(adapters, OptimConfig())
+    optimizer = optim.LayerShardedOptimizer(adapters, OptimConfig(preconditioner="rescaled"))
     loss = sum((a.sum() + b.sum()) for a, b in zip(A[1:], B[1:], strict=True)) + B[0].sum()
     if kind in ("zero", "zero-B"):
         loss = loss + 0 * A[0].sum()
