@@ -66,7 +66,7 @@ def test_rates_go_on_at_an_edge_and_the_best_goes_on_to_fresh_seeds(runs, tmp_pa
     mean, error = found.mean_and_error([CELL])
     assert mean == pytest.approx(math.log(0.9) + 1.5e-4, rel=1e-3), "of seeds 1 and 2, not of 0"
     assert error == pytest.approx(0.5e-4, rel=1e-2)
-    text = defaults_report.stage_text(runs, stage)
+    text = defaults_report.stage_text(runs, stage, rows)
     assert "wins" in text
     assert "Failed: demo, none, 0.03" in text
     assert found.mean_and_error([CELL, "another"]) is None

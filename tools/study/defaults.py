@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a plain checkout too
 
 from lora_one_dist.commands import sweep
-from tools.study import base, corpus, defaults_report, forked, forms, study, tasks
+from tools.study import base, defaults_report, forked, forms, study, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_FORM = ROOT / "tools" / "study" / "train_form.py"
@@ -165,8 +165,8 @@ class Runs:
 
     def tried(self, cell: str, variant: Variant) -> list[float]:
         """The rates at which a run of the first seed ended, failed ones too."""
-        points = {rate: self.point(cell, variant, rate, 0) for rate in HALF_DECADES}
-        return [rate for rate, point in points.items() if point.name in self.failed or point.summary() is not None]
+        points, failed = {rate: self.point(cell, variant, rate, 0) for rate in HALF_DECADES}, self.failures()
+        return [rate for rate, point in points.items() if point.name in failed or point.summary() is not None]
 
     def all_variants(self) -> list[Variant]:
         """Of all stages."""
@@ -254,7 +254,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [STAGES[args.stage]] if args.stage else list(STAGES.values())
     runs = Runs(args.out.resolve(), args.at_once)
-    try:
+    with study.problems_told():
         for size in base.SIZES:
             base.make(args.out / "packages", args.out / f"base-{size}", BUDGET.base_steps, size=size)
         study.prepare(args.out, BUDGET)
@@ -263,12 +263,6 @@ def main() -> int:
             with sweep.sigterm_interrupts():
                 for stage in chosen:
                     runs.run(stage)
-    except KeyboardInterrupt:
-        print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
-        return sweep.INTERRUPTED
-    except (corpus.CorpusError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return sweep.BAD_CONFIG
     defaults_report.write(runs, list(STAGES.values()), args.results)
     return 1 if runs.failed else 0
 

@@ -34,12 +34,12 @@ TRACED = {
 def write(runs: Runs, stages: Sequence[Stage], results: Path) -> None:
     """All files of the report."""
     results.mkdir(parents=True, exist_ok=True)
-    rows = [row for stage in stages for row in run_rows(runs, stage)]
-    unique = {json.dumps(row): row for row in rows}
+    rows = {stage.name: run_rows(runs, stage) for stage in stages}
+    unique = dict.fromkeys(json.dumps(row) for own in rows.values() for row in own)
     text = "".join(f"{line}\n" for line in unique)
     (results / "runs.jsonl").write_text(text, encoding="utf-8")
     parts = [head(runs, len(unique))]
-    parts += [f"## {stage.name.capitalize()}\n\n{stage_text(runs, stage)}" for stage in stages]
+    parts += [f"## {stage.name.capitalize()}\n\n{stage_text(runs, stage, rows[stage.name])}" for stage in stages]
     parts.append(f"## What happens inside\n\n{trace_text(runs, stages)}")
     (results / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plot_traces(runs, stages, results / "steps.png")
@@ -117,8 +117,11 @@ def head(runs: Runs, count: int) -> str:
     )
 
 
-def stage_text(runs: Runs, stage: Stage) -> str:
-    """A row for each variant: least loss and its rate in every cell, and the mean ratio to plain AdamW's."""
+def stage_text(runs: Runs, stage: Stage, started: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each variant: least loss and its rate in every cell, and the mean ratio to the baseline's.
+
+    ``started``: from :func:`run_rows`.
+    """
     rows: list[tuple[float, dict[str, Any]]] = []
     ratio = f"of {stage.baseline}"
     for variant in stage.variants:
@@ -145,7 +148,7 @@ def stage_text(runs: Runs, stage: Stage) -> str:
         if stage.fresh
         else "Least held-out loss over the rates at seed 0, and its rate. Of none: geometric mean of ratios over cells."
     )
-    failed = [f"{row['cell']}, {row['variant']}, {row['lr']:g}" for row in run_rows(runs, stage) if "failed" in row]
+    failed = [f"{row['cell']}, {row['variant']}, {row['lr']:g}" for row in started if "failed" in row]
     ending = "\n\nFailed: " + "; ".join(failed) if failed else ""
     return f"{told}\n\n{markdown.table([row for _, row in rows])}{ending}"
 

@@ -15,8 +15,9 @@ Out: ``--results`` (results/study), small files: study.json, tables.md and curve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,19 @@ class Study:
         self.failed |= sweep.run(points, self.at_once, say=lambda line: print(line, flush=True), start=forked.start)
 
 
+@contextlib.contextmanager
+def problems_told() -> Iterator[None]:
+    """Inside, an interruption and what a user can mend end the command with a line and sweep's exit codes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
+        raise SystemExit(sweep.INTERRUPTED) from None
+    except (corpus.CorpusError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(sweep.BAD_CONFIG) from error
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of base, data and runs")
@@ -216,7 +230,7 @@ def main() -> int:
     args = parser.parse_args()
     budget = BUDGETS[args.budget]
     study = Study(args.out, budget, list(METHODS), args.at_once)
-    try:
+    with problems_told():
         facts = base.make(args.out / "packages", args.out / f"base-{args.size}", budget.base_steps, size=args.size)
         if not args.report_only:
             prepare(args.out, budget, args.size)
@@ -224,12 +238,6 @@ def main() -> int:
                 return 0
             with sweep.sigterm_interrupts():
                 study.run()
-    except KeyboardInterrupt:
-        print("interrupted: all runs are ended; the same command goes on", file=sys.stderr)
-        return sweep.INTERRUPTED
-    except (corpus.CorpusError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return sweep.BAD_CONFIG
     report.write(study, facts, args.results)
     return 1 if study.failed else 0
 
