@@ -27,7 +27,7 @@ def walk(form: forms.Form, steps: int = 5, start: int = 0) -> tuple[torch.Tensor
     """Where some steps on given gradients end."""
     (A, B), kept = pair(start), moments()
     for step in range(1, steps + 1):
-        found = forms.steps_of_pairs(A, B, *pair(10 + step), kept, step, BETAS, EPS, form)
+        found = forms.steps_of_pairs(A, B, *pair(10 + step), kept, step, BETAS, EPS, form, 1.2 - step / 5)
         A, B = A - 0.1 * found[0], B - 0.1 * found[1]
     return A, B
 

@@ -63,7 +63,8 @@ class Stage:
 
 # Of the three rates to begin with: where steps shrink or grow with the Grams the rates are others.
 MIDDLES = {"around, not rescaled": 3e-4, "whitened (LoRA-RITE)": 3e-4, "after, not rescaled": 1e-3, "paper": 1e-2}
-FORMS = tuple(Variant(name, name, middle=MIDDLES.get(name, 3e-3)) for name in forms.FORMS)
+FADING = Variant("rescaled, fading", "rescaled, fading")  # tried after all others
+FORMS = tuple(Variant(name, name, middle=MIDDLES.get(name, 3e-3)) for name in forms.FORMS if name != FADING.name)
 WHY = (  # interventions beside the forms, for the table of hypotheses
     Variant("paper, beta2 0.99", "paper", {"optim.betas": "[0.9,0.99]"}, 1e-2),
     Variant("paper, beta2 0.9", "paper", {"optim.betas": "[0.9,0.9]"}, 1e-2),
@@ -97,6 +98,7 @@ STAGES = {
         Stage("seeds", EVERY, FINALISTS, FRESH_SEEDS),
         Stage("rivals", SMALL, (*FINALISTS, *RIVALS), FRESH_SEEDS),
         Stage("more seeds", (DEMO, "5.5M/source"), FINALISTS, MORE_SEEDS),
+        Stage("fading", (DEMO, *SMALL), (*FINALISTS, FADING), FRESH_SEEDS),
         Stage("samples", SMALL, tuple(v for v in FACTORS if v.name in (WINNER, "8 samples")), FRESH_SEEDS, WINNER),
     )
 }

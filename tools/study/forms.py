@@ -32,6 +32,8 @@ class Form:
     """The Gram is an average over the steps, of which each keeps this share; 1: that of the first step."""
     warm_up: int = 0
     """Steps over which the relative damping falls from 100 to ``damping``, geometrically."""
+    fade: bool = False
+    """Does the damping grow as the rate falls: divided by the rate's share of its peak?"""
     project: bool = False
     """Take from lora_B's gradient what lora_A's step covers: (I - B (B'B)^-1 B') g_B, as LoRA-Pro does."""
     whiten: bool = False
@@ -52,6 +54,7 @@ FORMS: Mapping[str, Form] = {
     "rescaled, relative 0.1": replace(RELATIVE, damping=0.1, rescale=True),
     "rescaled, relative 1": replace(RELATIVE, damping=1.0, rescale=True),
     "rescaled, relative 10": replace(RELATIVE, damping=10.0, rescale=True),
+    "rescaled, fading": replace(RELATIVE, damping=1.0, rescale=True, fade=True),
     "first Gram": replace(RELATIVE, memory=1.0),
     "slow Gram": replace(RELATIVE, memory=0.95),
     "warm-up": replace(RELATIVE, warm_up=56),
@@ -117,9 +120,11 @@ def _sized(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return result * (norms[0] / norms[1].clamp(min=1e-30)).view(-1, 1, 1).to(result.dtype)
 
 
-def _dampings(form: Form, gram: torch.Tensor, step: int) -> torch.Tensor:
-    """(k,) the damping of each matrix at this step (from 1)."""
+def _dampings(form: Form, gram: torch.Tensor, step: int, share_of_peak: float) -> torch.Tensor:
+    """(k,) the damping of each matrix at this step (from 1), whose rate is a share of its peak."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if form.fade:
+        return mean * form.damping / max(share_of_peak, 1e-3)
     if step <= form.warm_up:
         share = (step - 1) / form.warm_up
         return mean * 100.0 ** (1 - share) * form.damping**share
@@ -136,6 +141,7 @@ def steps_of_pairs(
     betas: tuple[float, float],
     eps: float,
     form: Form,
+    share_of_peak: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The step of A (k, r, n) and B (k, m, r) at a rate of 1, both from the values before it; changes the moments."""
     A64, B64 = A.double(), B.double()
@@ -144,7 +150,7 @@ def steps_of_pairs(
         basis = torch.linalg.qr(B64).Q
         grad_B = (grad_B.double() - basis @ (basis.mT @ grad_B.double())).float()
     found = [
-        _step(grad, gram, kept, step, betas, eps, form)
+        _step(grad, gram, kept, step, betas, eps, form, share_of_peak)
         for grad, gram, kept in zip((grad_A, grad_B.mT), grams, moments, strict=True)
     ]
     return found[0], found[1].mT
@@ -158,12 +164,13 @@ def _step(
     betas: tuple[float, float],
     eps: float,
     form: Form,
+    share_of_peak: float,
 ) -> torch.Tensor:
     """Of matrices (k, r, n) with the r x r Grams of their partners."""
     if form.place == "off":
         return direction(grad, moments, step, betas, eps)
     gram = remembered(moments, gram, form.memory)
-    damping = _dampings(form, gram, step)
+    damping = _dampings(form, gram, step, share_of_peak)
     P = power_of(gram, damping, 0.5 if form.place == "around" else 1.0)
 
     def preconditioned(value: torch.Tensor) -> torch.Tensor:

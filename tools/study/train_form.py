@@ -43,7 +43,9 @@ def use(form: forms.Form, trace: Path) -> None:
                 zeros = [[torch.zeros_like(t) for _ in range(2)] for t in (grad_A, grad_B.mT.contiguous())]
                 kept[block.start] = (forms.Moments(*zeros[0]), forms.Moments(*zeros[1]))
             moments = kept[block.start]
-            steps = forms.steps_of_pairs(A, B, grad_A, grad_B, moments, self.steps, config.betas, config.eps, form)
+            steps = forms.steps_of_pairs(
+                A, B, grad_A, grad_B, moments, self.steps, config.betas, config.eps, form, lr / config.lr
+            )
             if self.steps % TRACED == 1:
                 rows += facts(A, B, grad_A, steps)
             for value, step, rate in ((A, steps[0], lr), (B, steps[1], lr * config.lr_ratio_b)):
