@@ -24,7 +24,8 @@ from lora_one_dist.commands import command_line
 from lora_one_dist.config.reading import ConfigError, load_config
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches, packing
-from lora_one_dist.data.rows import DataError, load_rows, place_of
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows, place_of
 from lora_one_dist.data.samples import TokenData, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
 from lora_one_dist.data.tokenizer import load_tokenizer
@@ -51,13 +52,13 @@ def read(config: Config, tokenizer: Any, evaluation: bool) -> tuple[TokenData, s
     settings, rows = config.data, None
     if not evaluation or settings.eval_fraction is not None:
         rows = load_rows(settings.train, settings.train_split, settings.max_train_samples)
-    if not evaluation:
-        return training_data(rows, tokenizer, settings), settings.train
+    if not evaluation and rows is not None:
+        return training_data(rows, tokenizer, settings, say=command_line.tell), settings.train
     found = evaluation_rows(settings, rows)
     if found is None:
         raise DataError("--eval: the config names no evaluation data. Give data.eval or data.eval_fraction.")
     held, numbers, source = found
-    return tokenize(held, tokenizer, settings, source, numbers), source
+    return tokenize(held, tokenizer, settings, source, numbers, say=command_line.tell), source
 
 
 def runs(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[tuple[bool, bool], str]]:
@@ -120,6 +121,7 @@ def totals(tokens: TokenData, config: Config, evaluation: bool) -> Iterator[str]
         f"{tokens.num_rows} rows: {tokens.num_without_targets} dropped without targets, {tokens.num_truncated} cut at "
         f"{limit} tokens, {len(tokens.rows)} samples"
     )
+    yield from tokens.notes
     share = tokens.num_targets / tokens.num_tokens
     yield f"{tokens.num_tokens} tokens, {tokens.num_targets} of them targets ({share:.1%})"
     documents = tokens.unpacked if isinstance(tokens, packing.PackedData) else tokens

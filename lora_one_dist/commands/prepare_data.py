@@ -34,14 +34,15 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_one_dist.commands import command_line
 from lora_one_dist.convert import files
-from lora_one_dist.data.rows import DataError, load_rows, place_of
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import Rows, load_rows, place_of
 from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.disk.lazy import ConversionError
 
@@ -174,8 +175,8 @@ def refuse_idle(arguments: argparse.Namespace) -> None:
             raise ConversionError(f"--{key} {value}: has no effect on {name}. Leave it out.")
 
 
-def read(name: str, source: str, split: str) -> Any:
-    """A split of the source as a `datasets` data set with the columns that the recipe reads."""
+def read(name: str, source: str, split: str) -> Rows:
+    """A split of the source, whose rows have the columns that the recipe reads."""
     path = Path(source)
     if name == "gsm8k" and path.is_file():
         rule = "is one file, gsm8k has a split to train on and one to test"
@@ -190,22 +191,23 @@ def read(name: str, source: str, split: str) -> Any:
     if missing:
         value = f"--source {source}: has columns {rows.column_names}, {name} needs {list(RECIPES[name].columns)}"
         raise ConversionError(f"{value}; missing: {missing}. Give the original data set, or rename its columns.")
-    return rows.select_columns(list(RECIPES[name].columns))
+    return rows
 
 
-def _hub_configuration(source: str, configuration: str, split: str) -> Any:
+def _hub_configuration(source: str, configuration: str, split: str) -> Rows:
     import datasets
 
     try:
-        return datasets.load_dataset(source, configuration, split=split)
+        return Rows([datasets.load_dataset(source, configuration, split=split)])
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         value = f"--source {source}: {configuration}, split {split}, cannot be loaded: {error}"
         raise ConversionError(f"{value}. Check name and network, or give a folder.") from error
 
 
-def checked(rows: Any, source: str) -> Iterator[dict[str, str]]:
-    """Rows of text.  Raises ConversionError for one that holds anything else."""
-    for number, row in enumerate(rows):
+def checked(rows: Rows, columns: Sequence[str], source: str) -> Iterator[dict[str, Any]]:
+    """Rows of text, these columns alone.  Raises ConversionError for one that holds anything else."""
+    for number, whole in enumerate(rows):
+        row = {column: whole.get(column) for column in columns}
         for column, value in row.items():
             if not isinstance(value, str):
                 place = place_of(source, number)
@@ -223,12 +225,12 @@ def written(recipe: Recipe, row: Row, form: str) -> dict[str, Any]:
     return {"prompt": recipe.prompt(row), "completion": f" {answer}"}  # the authors put a space between them
 
 
-def select(recipe: Recipe, rows: Any, source: str, form: str, tokenizer: Any, found: Prepared) -> list[dict[str, Any]]:
+def select(recipe: Recipe, rows: Rows, source: str, form: str, tokenizer: Any, found: Prepared) -> list[dict[str, Any]]:
     """Rows that pass the filters, in their order; no more than the recipe takes."""
     wanted = None if recipe.train is None else recipe.train + recipe.held_out
     kept: list[dict[str, Any]] = []
     batch: list[dict[str, str]] = []
-    for number, row in enumerate(checked(rows, source), start=1):
+    for number, row in enumerate(checked(rows, recipe.columns, source), start=1):
         found.read += 1
         reason = recipe.drop(row)
         if reason is not None:
@@ -280,13 +282,15 @@ def prepare(name: str, source: str, form: str, seed: int, tokenizer: Any) -> Pre
     return found
 
 
-def _commonsense(rows: Any, source: str, form: str, seed: int, found: Prepared) -> dict[str, list[dict[str, Any]]]:
+def _commonsense(rows: Rows, source: str, form: str, seed: int, found: Prepared) -> dict[str, list[dict[str, Any]]]:
+    from datasets import Dataset
+
     if len(rows) <= COMMONSENSE_HELD_OUT:
         rule = f"must be more than the {COMMONSENSE_HELD_OUT} that are held out"
         raise ConversionError(f"--source {source}: {len(rows)} rows, {rule}. Give commonsense_170k.json.")
-    for _ in checked(rows, source):
-        found.read += 1
-    split = rows.train_test_split(test_size=COMMONSENSE_HELD_OUT, shuffle=True, seed=seed)
+    held = list(checked(rows, ALPACA.columns, source))
+    found.read = len(held)
+    split = Dataset.from_list(held).train_test_split(test_size=COMMONSENSE_HELD_OUT, shuffle=True, seed=seed)
     return {part: [written(ALPACA, row, form) for row in split[of]] for part, of in COMMONSENSE_PARTS.items()}
 
 

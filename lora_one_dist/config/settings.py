@@ -5,7 +5,9 @@ A :class:`Config` is frozen: what is checked once (:mod:`reading`, :mod:`checks`
 
 from __future__ import annotations
 
+import datetime
 import json
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,24 +102,45 @@ class DataConfig(_Group):
     completion: Annotated[str, only_with("data.format", "completion")] = "{completion}"
     """Template of the completion over the row's columns (format completion)."""
     messages: Annotated[str, only_with("data.format", "chat")] = "messages"
-    """Column with the messages (format chat)."""
+    """Column with the messages (format chat): a list of {role, content}. ShareGPT's `conversations` of {from, value}
+    are found where there are no `messages`. A message's weight, 0 or 1, says whether an assistant's turn is learned."""
+    tools: Annotated[str, only_with("data.format", "chat")] = "auto"
+    """Column with the tools of a chat, a list or JSON text of one, which the chat template shows to the model; auto:
+    `tools`, where a row has it; none: leave tools out."""
     text: Annotated[str, only_with("data.format", "text")] = "text"
     """Column with the text (format text)."""
     loss_on: Annotated[
-        Literal["completion", "all"],
+        Literal["completion", "all", "last"],
         not_with("data.format", "text", otherwise="has no effect with data.format text, always all. Leave it out."),
+        Effect(
+            ("data.loss_on", "data.format"),
+            lambda value, form: value != "last" or form == "chat",
+            "= last is for data.format chat. Set it to completion.",
+        ),
     ] = "completion"
-    """completion: loss on completions and assistant turns only; all: on every token. Format text is always all."""
+    """completion: loss on completions and assistant turns only; last (format chat): on the turns after the last user
+    turn, for templates that leave out earlier thoughts; all: on every token. Format text is always all."""
     max_length: int = Field(1024, ge=2)
     """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported."""
     packing: bool = False
     """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
     sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.
     Evaluation data stay as they are. For models whose attention masks follow position_ids, which is checked."""
+    workers: int | None = Field(None, ge=1)
+    """Processes of a host that tokenise, at least 1; none: one for each core that the ranks leave."""
+    date: Annotated[datetime.date | None, only_with("data.format", "chat")] = None
+    """The day, e.g. 2026-11-29, that chat templates which ask for one are told; none: the day on which the run began,
+    which it keeps."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use only the first rows of the training data."""
     max_eval_samples: Annotated[int | None, not_with("data.eval", None, otherwise=_NO_DATA_SET)] = Field(None, ge=1)
     """Use only the first rows of the evaluation data."""
+
+    @property
+    def template_columns(self) -> list[str]:
+        """Those that ``prompt`` and ``completion`` name."""
+        parsed = string.Formatter().parse(self.prompt + self.completion)
+        return list(dict.fromkeys(name for _, name, _, _ in parsed if name))
 
 
 class LoraConfig(_Group):

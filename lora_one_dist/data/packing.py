@@ -123,4 +123,6 @@ def pack(tokens: TokenData, room: int) -> PackedData:
     order, starts = best_fit(tokens.lengths, room)
     lengths = np.add.reduceat(tokens.lengths[order], starts[:-1])
     counts = (tokens.num_rows, tokens.num_truncated, tokens.num_without_targets, tokens.num_tokens, tokens.num_targets)
-    return PackedData(PackedRows(tokens.dataset, order, starts), *counts, tokens.rows[order], lengths, tokens)
+    return PackedData(
+        PackedRows(tokens.dataset, order, starts), *counts, tokens.rows[order], lengths, tokens.notes, tokens
+    )

@@ -1,57 +1,156 @@
 """Rows as they come: files or a named data set, and where in them a row is that does not fit.
 
-In: paths or a name.  Out: a data set of `datasets`; for errors, the file and line.  Runs on any rank, not collective.
+In: paths or a name.  Out: :class:`Rows`, mappings by number: of JSON text what a person wrote, of typed files (Parquet,
+CSV, data sets) what they hold.  Runs on any rank, not collective.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import json
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_one_dist.config.settings import DATA_SUFFIXES
+from lora_one_dist.data import json_text
+from lora_one_dist.data.errors import DataError, RowError
+from lora_one_dist.data.json_text import JsonFile
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-class DataError(ValueError):
-    """Bad data: where (file and line, or row) and value, rule, remedy."""
+JSON_SUFFIXES = (".jsonl", ".json")
 
 
-class RowError(DataError):
-    """A row that does not fit, by its number: whoever knows where the rows come from names the place."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows one after another, on their way to another process."""
 
-    def __init__(self, row: int, problem: str):
-        super().__init__(f"row {row} (the first is 0): {problem}")
-        self.row, self.problem = row, problem
+    first: int
+    """Number of the first among all."""
+    held: Any
+    """Their texts, or a table of Arrow."""
+    features: Any = None
+    """The table's types."""
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any], int]]:
+        """Number, row, and nulls dropped that a typed file had added.  Raises RowError."""
+        if self.features is None:
+            for number, text in enumerate(self.held, start=self.first):
+                yield number, json_row(text, number), 0
+            return
+        from datasets import Dataset, DatasetInfo
+
+        for number, row in enumerate(Dataset(self.held, info=DatasetInfo(features=self.features)), start=self.first):
+            cleaned, nulls = without_added_nulls(row, self.features)
+            yield number, cleaned, nulls
 
 
-def load_rows(source: str | list[str], split: str, max_samples: int | None) -> Dataset:
-    """Read files (all with the same columns, concatenated) or the split of a named data set or folder.
+class Rows:
+    """Rows of one or several sources, the first ``limit`` of them."""
 
-    Raises DataError: a file or data set cannot be read or is empty, or files differ in their columns.
+    def __init__(self, parts: Sequence[JsonFile | Dataset], limit: int | None = None):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(len(part) for part in parts))
+        self.count = min(self.ends[-1], self.ends[-1] if limit is None else limit)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for chunk in self.chunks(1000):
+            yield from (row for _, row, _ in chunk.rows())
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return next(row for _, row, _ in self._chunk(number, number + 1).rows())
+
+    def to_list(self) -> list[dict[str, Any]]:
+        return list(self)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Of the first row."""
+        return list(self[0])
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """All rows in order, at most ``size`` at a time, each chunk from one source."""
+        for begin, end in zip([0, *self.ends], self.ends, strict=False):
+            for first in range(begin, min(end, self.count), size):
+                yield self._chunk(first, min(first + size, end, self.count))
+
+    def _chunk(self, first: int, stop: int) -> Chunk:
+        part = next(i for i, end in enumerate(self.ends) if first < end)
+        source, offset = self.parts[part], self.ends[part - 1] if part else 0
+        if isinstance(source, JsonFile):
+            return Chunk(first, [source.text(row - offset) for row in range(first, stop)])
+        return Chunk(first, source.with_format("arrow")[first - offset : stop - offset], source.features)
+
+    def key(self) -> list[Any]:
+        """What tells these rows from others, without reading them: of files path, size and time of the last change."""
+        return [self.count, *map(_key_of, self.parts)]
+
+
+def _key_of(part: JsonFile | Dataset) -> list[Any]:
+    if not isinstance(part, JsonFile):
+        return [part._fingerprint, str(part.features)]
+    found = Path(part.path).stat()
+    return [str(Path(part.path).resolve()), found.st_size, found.st_mtime_ns]
+
+
+def json_row(text: bytes, number: int) -> dict[str, Any]:
+    """Row ``number`` of its JSON text.  Raises RowError."""
+    try:
+        row = json_text.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(number, f"byte {text[error.start]:#04x} is not UTF-8. Save the file as UTF-8.") from None
+    except ValueError as error:
+        problem = getattr(error, "msg", None) or str(error)
+        raise RowError(number, f"{problem}: cannot be read as json. Mend or remove it.") from None
+    if not isinstance(row, dict):
+        raise RowError(number, f"must be an object, is a {type(row).__name__}. Mend or remove it.")
+    return row
+
+
+def without_added_nulls(value: Any, feature: Any) -> tuple[Any, int]:
+    """A typed value without the nulls in its structs, and their number: Arrow gives each the keys of all.
+
+    Of what keeps JSON text as it was (`datasets.Json`) nothing is dropped, nor of a row's columns themselves.
+    """
+    dropped = 0
+
+    def cleaned(inner: Any, kind: Any, is_row: bool = False) -> Any:
+        nonlocal dropped
+        if isinstance(kind, dict) and isinstance(inner, dict):
+            kept = {key: found for key, found in inner.items() if found is not None or is_row}
+            dropped += len(inner) - len(kept)
+            return {key: cleaned(found, kind.get(key)) for key, found in kept.items()}
+        element = getattr(kind, "feature", kind[0] if isinstance(kind, list) else None)
+        return (
+            [cleaned(found, element) for found in inner] if isinstance(inner, list) and element is not None else inner
+        )
+
+    return cleaned(value, dict(feature), True), dropped
+
+
+def load_rows(source: str | list[str], split: str, max_samples: int | None) -> Rows:
+    """The rows of files, one after another, or of the split of a named data set or folder.
+
+    Raises DataError: a file or data set cannot be read or is empty.  What a JSON text holds is read with its row.
     """
     import datasets
 
     sources = [source] if isinstance(source, str) else source
     if len(sources) > 1 or Path(sources[0]).suffix in DATA_SUFFIXES:
-        parts = [_load_file(path) for path in sources]
-        for path, part in zip(sources, parts, strict=True):
-            if part.features != parts[0].features:
-                found = f"{path}: has columns {dict(part.features)}, {sources[0]} has {dict(parts[0].features)}"
-                raise DataError(f"{found}. Names and types must be the same in all. Write them with the same tool.")
-        rows = datasets.concatenate_datasets(parts)
-    else:
-        try:
-            rows = datasets.load_dataset(sources[0], split=split)
-        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-            remedy = f"Check name, split and network, or give files ending in {', '.join(DATA_SUFFIXES)}"
-            raise DataError(f"{sources[0]}, split {split}: cannot be loaded: {root_cause(error)}. {remedy}.") from error
-    return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+        return Rows([_load_file(path) for path in sources], max_samples)
+    try:
+        return Rows([datasets.load_dataset(sources[0], split=split)], max_samples)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        remedy = f"Check name, split and network, or give files ending in {', '.join(DATA_SUFFIXES)}"
+        raise DataError(f"{sources[0]}, split {split}: cannot be loaded: {root_cause(error)}. {remedy}.") from error
 
 
 def place_of(source: str | list[str], row: int) -> str:
@@ -66,20 +165,13 @@ def place_of(source: str | list[str], row: int) -> str:
         return unknown
     try:
         for path in sources:
-            count = len(_load_file(path))
-            if left < count:
-                lines = _row_lines(path) if Path(path).suffix in (".jsonl", ".json") else []
-                return f"{path}, line {lines[left]}" if len(lines) == count else f"{path}, record {left + 1}"
-            left -= count
+            part = _load_file(path)
+            if left < len(part):
+                return part.place(left) if isinstance(part, JsonFile) else f"{path}, record {left + 1}"
+            left -= len(part)
     except (DataError, OSError):
         pass
     return unknown
-
-
-def _row_lines(path: str) -> list[int]:
-    """Numbers of the lines that hold something; none if the file is one JSON array."""
-    held = [(number, line.lstrip()[:1]) for number, line in enumerate(_lines(path), start=1) if line.strip()]
-    return [] if held[0][1] == "[" else [number for number, _ in held]
 
 
 @contextlib.contextmanager
@@ -93,44 +185,44 @@ def placing(source: str | list[str] | None) -> Iterator[None]:
         raise DataError(f"{place_of(source, error.row)}: {error.problem}") from error
 
 
-def _load_file(path: str) -> Dataset:
-    from datasets import Features, Json, Value, load_dataset
+def _load_file(path: str) -> JsonFile | Dataset:
+    suffix = Path(path).suffix
+    if not Path(path).is_file() or suffix not in DATA_SUFFIXES:
+        raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
+    part = _load_json(path) if suffix in JSON_SUFFIXES else _load_typed(path, suffix[1:])
+    if not len(part):
+        raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
+    return part
 
-    kind = {".jsonl": "json"}.get(Path(path).suffix, Path(path).suffix[1:])
+
+def _load_json(path: str) -> JsonFile:
+    try:
+        return JsonFile(path)
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x}"
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: {byte} is not UTF-8. Save the file as UTF-8.") from error
+    except ValueError as error:
+        at = getattr(error, "lineno", None)
+        where = path if at is None else f"{path}, line {at}"
+        raise DataError(
+            f"{where}: {getattr(error, 'msg', error)}: cannot be read as json. Mend or remove it."
+        ) from error
+
+
+def _load_typed(path: str, kind: str) -> Dataset:
+    from datasets import Features, Value, load_dataset
+
     options: dict[str, Any] = {}
     try:
-        if not Path(path).is_file() or Path(path).suffix not in DATA_SUFFIXES:
-            raise DataError(f"{path}: is not a file ending in {', '.join(DATA_SUFFIXES)}. Check the path.")
-        if kind != "parquet" and _count_lines(path, kind) <= (kind == "csv"):  # its header
-            raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
         if kind == "csv":  # as strings: pandas' own types make 007 a 7, and text such as NA or None a null
             strings = Features(dict.fromkeys(_csv_header(path), Value("string")))
             options = {"features": strings, "keep_default_na": False}
-        elif kind == "json":
-            options = {"parse_agent_traces": False}  # chats with columns id, source, model look like traces of agents
-        rows = load_dataset(kind, data_files=path, split="train", **options)
-        dates = {name: Json() for name, feature in rows.features.items() if "timestamp" in str(feature)}
-        if kind == "json" and dates:  # pyarrow's guess for columns of nothing but ISO dates; Json keeps the text
-            options["features"] = Features({**rows.features, **dates})
-            rows = load_dataset(kind, data_files=path, split="train", **options)
-        return rows
+        return load_dataset(kind, data_files=path, split="train", **options)
     except DataError:
         raise
     except Exception as error:  # each reader has its own kinds
-        where = _find_bad_json(path) if kind == "json" else path
-        raise DataError(f"{where}: cannot be read as {kind} ({root_cause(error)}). Mend or remove it.") from error
-
-
-def _count_lines(path: str, kind: str) -> int:
-    """Lines that hold something.  Raises DataError for a null in place of an object, which crashes pyarrow."""
-    first, count = "", 0
-    for number, line in enumerate(_lines(path), start=1):
-        text = line.strip()
-        first, count = first or text[:1], count + bool(text)
-        # It ends the process with a segmentation fault (apache/arrow#47409, seen with pyarrow 26).
-        if kind == "json" and first != "[" and text.startswith("null"):
-            raise DataError(f"{path}, line {number}: must be an object, is {text:.20}. Mend or remove it.")
-    return count
+        raise DataError(f"{path}: cannot be read as {kind} ({root_cause(error)}). Mend or remove it.") from error
 
 
 def root_cause(error: BaseException) -> str:
@@ -140,43 +232,26 @@ def root_cause(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _lines(path: str) -> Iterator[str]:
-    """The lines of a text file.  `datasets` takes invalid UTF-8 in JSONL and fails only when the row is used."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = f"byte {line[error.start]:#04x}"
-                raise DataError(f"{path}, line {number}: {byte} is not UTF-8. Save the file as UTF-8.") from error
-            yield text
-
-
 def _csv_header(path: str) -> list[str]:
     """The columns of a CSV file whose records all have as many fields; pandas would fill or shift the others."""
-    reader = csv.reader(_lines(path))
-    header = next(reader)
+    csv.field_size_limit(sys.maxsize)  # a document is longer than the module's 128 kB
+    reader = csv.reader(_csv_lines(path))
+    header, count = next(reader, []), 0
     for record in reader:
+        count += bool(record)
         if len(record) not in (0, len(set(header))):  # 0: a blank line
             rule = f"must have one field for each of {header}, all distinct. Quote fields with commas or line breaks"
-            raise DataError(f"{path}, line {reader.line_num}: {record} {rule}.")
+            raise DataError(f"{path}, line {reader.line_num}: {record!s:.200} {rule}.")
+    if not count:
+        raise DataError(f"{path}: holds no rows, must hold at least one. Check how the file was written.")
     return header
 
 
-def _find_bad_json(path: str) -> str:
-    """'file, line: problem' for the first line at fault, or the file alone if none is found."""
-    text = "".join(_lines(path))
-    columns: set[str] = set()
-    for number, line in enumerate([text] if text.lstrip().startswith("[") else text.split("\n"), start=1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"{path}, line {number + error.lineno - 1}: {error.msg}"
-        except RecursionError:
-            return f"{path}, line {number}: is nested too deep"
-        if not isinstance(row, dict):
-            return f"{path}, line {number}: must be an object, is a {type(row).__name__}"
-        columns = columns or set(row)
-        if not columns.issuperset(row):
-            return f"{path}, line {number}: has columns {sorted(row)}, the first line has {sorted(columns)}"
-    return path
+def _csv_lines(path: str) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte {line[error.start]:#04x}"
+                raise DataError(f"{path}, line {number}: {byte} is not UTF-8. Save the file as UTF-8.") from error

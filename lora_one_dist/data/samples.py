@@ -1,32 +1,35 @@
-"""Rows to tokens and to what carries a loss.
+"""Tokenised data as a run uses them: samples by number, and what became of the rows.
 
-In: rows, a tokenizer, :class:`DataConfig`.  Out: ids and labels in a memory-mapped Arrow file, which a later process
-with the same inputs finds in the cache of `datasets`.  Runs on any rank, not collective.  Peak memory: 1000 rows, and
-24 bytes per sample of counts.
+In: rows, a tokenizer, :class:`DataConfig`.  Out: :class:`TokenData` over a memory-mapped file.  Runs on any rank, not
+collective.  Peak memory: some chunks of 500 rows a process, and 64 bytes per sample of counts.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import string
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_one_dist.config.settings import DataConfig
-from lora_one_dist.data.batches import IGNORE_INDEX
-from lora_one_dist.data.chat import chat_texts
-from lora_one_dist.data.rows import DataError, RowError, placing
+from lora_one_dist.data import store
+from lora_one_dist.data.encode import Encoder, chat_column
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import Rows, placing
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# The settings that change a row's tokens; the others may change without making a cached result stale.
-TOKEN_FIELDS = {"format", "prompt", "completion", "messages", "text", "loss_on", "max_length"}
+# Counts of the file, and what they are when somebody is told.
+NOTES = {
+    "added_nulls": "nulls that the files' types had added were left out",
+    "dropped_thoughts": "thoughts of earlier turns are not in the text: the chat template leaves them out",
+    "control_tokens": "rows hold control tokens of the model in what users say, which are learned around as such",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class TokenData:
     num_targets: int  # in `dataset`: labels[1:] != -100, the tokens that are predicted
     rows: np.ndarray  # (len,) int64: the row that each sample was, counted before any was dropped; see `place_of`
     lengths: np.ndarray  # (len,) int64: tokens of each sample
+    notes: tuple[str, ...]  # what else happened to rows
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,55 +72,70 @@ class TokenData:
 
 
 def tokenize(
-    rows: Dataset,
+    rows: Rows,
     tokenizer: Tokenizer,
     config: DataConfig,
     source: str | list[str] | None = None,
     only: np.ndarray | None = None,
+    *,
+    date: datetime.date | None = None,
+    ranks: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> TokenData:
     """Token ids and labels of every row, cut at ``config.max_length``; rows without a target are dropped and counted.
 
-    ``source``: where `load_rows` read the rows, to name the place of a bad one.  ``only``: numbers of the rows to take,
-    as if there were no others; all are tokenised, so that those held out find theirs in the cache.
+    Args:
+        source: where `load_rows` read the rows, to name the place of a bad one.
+        only: numbers of the rows to take, as if there were no others; all are tokenised, so that those held out find
+            theirs in the cache.
+        date: for chat templates that print it; none: ``config.date``, or today.
+        ranks: of this host, which take a core each; the other cores tokenise (``config.workers``).
+        say: is told the progress.
 
     Raises DataError: no chat template for chats, a column missing or null, a row that does not fit the format, a
     template that rewrites earlier turns, or no row with a target.
     """
-    from datasets import Features, List, Value
+    from datasets import Dataset
 
-    if config.format == "chat" and not tokenizer.chat_template:
-        value = f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which it needs"
-        raise DataError(f"{value}. Take the instruction-tuned model's tokenizer, or use data.format completion.")
-    columns = _columns(rows, config, source)
-    settings = DataConfig(train="", **config.model_dump(include=TOKEN_FIELDS))
-    # `datasets` hashes a module's function by its name only: without this an edit here would meet stale results.
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    counts = dict.fromkeys(("prompt_length", "num_targets", "uncut_length"), Value("int64"))
+    encoder = Encoder(tokenizer, config, date or config.date or datetime.date.today())
+    _refuse_missing_columns(rows, encoder, source)
+    workers = config.workers or max(1, len(os.sched_getaffinity(0)) - ranks)
     with placing(source):
-        mapped = rows.select_columns(columns).map(
-            _encode_rows,
-            batched=True,
-            with_indices=True,
-            remove_columns=columns,
-            features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counts}),
-            fn_kwargs={"tokenizer": tokenizer, "config": settings, "code": code},
-            desc="tokenize",
-        )
+        path = store.cached(rows, encoder, workers, say)
+    mapped = Dataset.from_file(str(path))
     taken = np.arange(len(rows)) if only is None else only
-    targets, lengths = (mapped.data.column(name).to_numpy()[taken] for name in ("num_targets", "uncut_length"))
-    kept, truncated = targets > 0, lengths > config.max_length
+    targets, cut = (mapped.data.column(name).to_numpy()[taken] for name in ("num_targets", "is_cut"))
+    kept = targets > 0
     if not kept.any():
-        value = f"data.max_length = {config.max_length}: cuts {truncated.sum()} of {len(taken)} rows"
-        raise DataError(f"{value}, none has a token to learn. Raise it; a chat needs a message of role 'assistant'.")
-    numbers, lengths = taken[kept].astype(np.int64), lengths[kept].clip(max=config.max_length)
-    dataset = mapped.remove_columns("uncut_length")
+        raise DataError(_why_no_targets(rows, config, int(cut.sum()), len(taken)))
+    numbers = taken[kept].astype(np.int64)
+    lengths = _lengths(mapped)[numbers]
+    counted = {name: int(mapped.data.column(name).to_numpy()[taken].sum()) for name in NOTES}
+    dataset = mapped.remove_columns(["is_cut", *NOTES])
     dataset = dataset if len(numbers) == len(rows) else dataset.select(numbers)
-    cut, dropped = int(truncated.sum()), int((~kept).sum())
-    return TokenData(dataset, len(taken), cut, dropped, int(lengths.sum()), int(targets.sum()), numbers, lengths)
+    dropped, notes = int((~kept).sum()), tuple(f"{n} {NOTES[name]}" for name, n in counted.items() if n)
+    counts = (len(taken), int(cut.sum()), dropped, int(lengths.sum()), int(targets.sum()))
+    return TokenData(dataset, *counts, numbers, lengths, notes)
+
+
+def _lengths(mapped: Any) -> np.ndarray:
+    """(rows,) int64: tokens of each row."""
+    chunks = mapped.data.column("input_ids").chunks
+    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks]).astype(np.int64)
+
+
+def _why_no_targets(rows: Rows, config: DataConfig, cut: int, count: int) -> str:
+    value = f"data.max_length = {config.max_length}: cuts {cut} of {count} rows, none has a token to learn. Raise it"
+    if config.format != "chat" or cut:
+        return f"{value}; a chat needs a message of role 'assistant'."
+    first = rows[0]
+    roles = {message.get("role", message.get("from")) for message in first[chat_column(first, config)]}
+    value = f"none of {count} rows has a token to learn: the first has the roles {sorted(map(str, roles))}"
+    return f"{value}. A chat needs a message of role 'assistant', with a weight of 1 where it has one."
 
 
 def load_eval_prompts(
-    rows: Dataset,
+    rows: Rows,
     tokenizer: Tokenizer,
     config: DataConfig,
     indices: Iterable[int],
@@ -126,81 +145,28 @@ def load_eval_prompts(
 
     Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
     """
-    rows, prompts = rows.select_columns(_columns(rows, config, source)), []
+    encoder, prompts = Encoder(tokenizer, config, datetime.date.min), []
+    _refuse_missing_columns(rows, encoder, source)
     for index in indices:
         with placing(source):
-            whole, prompt = _texts(rows[index], index, tokenizer, config)
-        ids, bare = (_ids(tokenizer, [prompt], special)[0] for special in (True, False))
+            read = encoder.read(rows[index], index)
+        prompt = read.prompt or ""
+        ids, bare = (encoder.ids([prompt], special)[0] for special in (True, False))
         if ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
-        prompts.append((ids[-config.max_length :], whole.removeprefix(prompt)))
+        prompts.append((ids[-config.max_length :], read.text.removeprefix(prompt)))
     return prompts
 
 
-def _columns(rows: Dataset, config: DataConfig, source: str | list[str] | None) -> list[str]:
-    """The columns that the format reads, all of them present."""
-    template = config.prompt + config.completion
-    named = dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)
-    columns = {"completion": list(named), "chat": [config.messages], "text": [config.text]}[config.format]
-    if missing := [name for name in columns if name not in rows.column_names]:
+def _refuse_missing_columns(rows: Rows, encoder: Encoder, source: str | list[str] | None) -> None:
+    """By the first row; of JSON the others may have others."""
+    config = encoder.config
+    with placing(source):
+        first = rows[0]
+    needed = encoder.columns if config.format != "chat" else [chat_column(first, config)]
+    if config.tools not in ("auto", "none"):
+        needed = [*needed, config.tools]
+    if missing := [name for name in needed if name not in first]:
         where = "the data" if source is None else source if isinstance(source, str) else source[0]
-        value = f"data.format = {config.format}: reads columns {missing}, {where} has {rows.column_names}"
+        value = f"data.format = {config.format}: reads columns {missing}, {where} has {list(first)}"
         raise DataError(f"{value}. Name its columns in data.prompt and data.completion, data.messages or data.text.")
-    return columns
-
-
-def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _encode_rows(batch: Mapping[str, list], indices: list[int], tokenizer: Any, config: DataConfig, code: str) -> dict:
-    """What `Dataset.map` calls: a function of its arguments alone (``code`` is there to be hashed)."""
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    texts = [_texts(row, index, tokenizer, config) for row, index in zip(rows, indices, strict=True)]
-    # A chat's special tokens are all in its template.
-    ids = iter(_ids(tokenizer, [text for row in texts for text in row], special=config.format != "chat"))
-    samples = [_encode([next(ids) for _ in row], tokenizer.eos_token_id, config) for row in texts]
-    return {name: [sample[name] for sample in samples] for name in samples[0]}
-
-
-def _texts(row: Mapping[str, Any], index: int, tokenizer: Any, config: DataConfig) -> list[str]:
-    """A row's text, then those beginnings of it that end where loss starts, stops, starts, ..."""
-    from jinja2 import TemplateError
-
-    try:
-        if null := [name for name, value in row.items() if value is None]:
-            raise DataError(f"columns {null} are null or missing. Fill them, or take the row out")
-        if config.format == "completion":
-            prompt = config.prompt.format(**row)
-            return [prompt + config.completion.format(**row), prompt]
-        if config.format == "chat":
-            return chat_texts(row[config.messages], tokenizer, config)
-        if not isinstance(row[config.text], str):
-            raise DataError(f"{config.text} = {row[config.text]!r:.80}: must be a string. Mend the row")
-        return [row[config.text]]
-    except (TemplateError, LookupError, ValueError, TypeError) as error:
-        remedy = "" if isinstance(error, DataError) else ": the template cannot take the row. Mend one of them"
-        raise RowError(index, f"{error}{remedy}.") from error
-
-
-def _encode(ids: list[list[int]], eos: int | None, config: DataConfig) -> dict[str, Any]:
-    """One sample from the ids of a row's text and of the text's beginnings."""
-    whole, *beginnings = ids
-    # Tokens merge across a border ("A: " + "b" holds a token " b"), so the ids of a beginning need not begin the whole.
-    # Generation sees the beginning tokenised alone: what both share is what it is given, the rest is to be learnt.
-    borders = [_common_prefix(beginning, whole) for beginning in beginnings]
-    if config.loss_on == "all" or config.format == "text":
-        borders = [0]
-    if config.format != "chat" and eos is not None and whole[-1:] != [eos]:
-        whole = [*whole, eos]
-    labels = [IGNORE_INDEX] * len(whole)
-    for start, stop in zip(borders[::2], [*borders[1::2], len(whole)], strict=False):
-        labels[start:stop] = whole[start:stop]
-    input_ids, labels = whole[: config.max_length], labels[: config.max_length]
-    num_targets = sum(label != IGNORE_INDEX for label in labels[1:])
-    counts = {"prompt_length": min([*borders[:1], len(input_ids)]), "num_targets": num_targets}
-    return {"input_ids": input_ids, "labels": labels, **counts, "uncut_length": len(whole)}
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_one_dist.config.settings import DataConfig
 from lora_one_dist.data import batches
+from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.packing import pack
-from lora_one_dist.data.rows import DataError, load_rows
+from lora_one_dist.data.rows import Rows, load_rows
 from lora_one_dist.data.samples import TokenData, tokenize
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
@@ -32,21 +32,23 @@ def held_out(num_rows: int, fraction: float | None) -> tuple[np.ndarray, np.ndar
     return np.sort(shuffled[held:]), np.sort(shuffled[:held])
 
 
-def evaluation_rows(config: DataConfig, train_rows: Dataset) -> tuple[Dataset, np.ndarray, str | list[str]] | None:
+def evaluation_rows(config: DataConfig, train_rows: Rows | None) -> tuple[Rows, np.ndarray, str | list[str]] | None:
     """What to evaluate on: rows, the numbers of those that count, and where the rows are from; None: not at all."""
     if config.eval is not None:
         rows = load_rows(config.eval, config.eval_split, config.max_eval_samples)
         return rows, np.arange(len(rows)), config.eval
-    if config.eval_fraction is not None:
+    if config.eval_fraction is not None and train_rows is not None:
         return train_rows, held_out(len(train_rows), config.eval_fraction)[1], config.train
     return None
 
 
-def training_data(rows: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenData:
+def training_data(rows: Rows, tokenizer: Tokenizer, config: DataConfig, **how: Any) -> TokenData:
     """What to train on of the rows of ``config.train``: without those held out, packed if it says so.
+
+    ``how``: the other arguments of :func:`~lora_one_dist.data.samples.tokenize`.
 
     Raises DataError as :func:`~lora_one_dist.data.samples.tokenize` and :func:`held_out`.
     """
     only = None if config.eval_fraction is None else held_out(len(rows), config.eval_fraction)[0]
-    tokens = tokenize(rows, tokenizer, config, config.train, only)
+    tokens = tokenize(rows, tokenizer, config, config.train, only, **how)
     return pack(tokens, config.max_length) if config.packing else tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_one_dist.data.rows import DataError, root_cause
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import root_cause
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

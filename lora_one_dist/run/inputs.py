@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from lora_one_dist.base.skeleton import check_tokenizer, local_folder
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
 from lora_one_dist.data import batches
-from lora_one_dist.data.rows import DataError, load_rows
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
 from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.initialise import pairs
 from lora_one_dist.run import checkpoint
+from lora_one_dist.run.day import with_day
 from lora_one_dist.run.identity import identity
 from lora_one_dist.train import evaluate
 
@@ -45,6 +48,7 @@ class Inputs:
 
 def read(config: Config) -> Inputs:
     """Read and check model plan, tokenizer, data, given adapter, and the room on the disk.  Collective."""
+    config = with_day(config)
     settings = config.model
     folder = local_folder(settings.path, settings.trust_remote_code, settings.allow_pickle)
     with comm.all_or_none("checking the model"):
@@ -64,7 +68,7 @@ def read(config: Config) -> Inputs:
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
     with comm.all_or_none("tokenizing the data"):
         with comm.local_first():
-            train = training_data(rows, tokenizer, config.data)
+            train = training_data(rows, tokenizer, config.data, **_how())
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
     held = _read_held(config, tokenizer, rows)
@@ -85,11 +89,16 @@ def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held
     rows, numbers, source = found
     with comm.all_or_none("tokenizing the evaluation data"):
         with comm.local_first():
-            tokens = tokenize(rows, tokenizer, config.data, source, numbers)
+            tokens = tokenize(rows, tokenizer, config.data, source, numbers, **_how())
         answered = numbers[: config.train.exact_match_samples].tolist()
         prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)
         evaluate.refuse_unmatched(config.train.exact_match_pattern, prompts, answered, source)
     return evaluate.Held(tokens, prompts, tokenizer)
+
+
+def _how() -> dict[str, Any]:
+    """To tokenise on the cores that the host's ranks leave, and tell on rank 0 how far it is."""
+    return {"ranks": len(comm.here().host_ranks), "say": partial(print, flush=True) if comm.rank() == 0 else None}
 
 
 def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:

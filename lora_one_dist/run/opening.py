@@ -110,6 +110,8 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
                 f"targets; {tokens.num_truncated} cut at {config.data.max_length} tokens, "
                 f"{tokens.num_without_targets} without targets dropped"
             )
+            for note in tokens.notes:
+                record.say(f"{purpose} data: {note}")
     positions = getattr(plan.skeleton.config, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         record.say(f"warning: data.max_length = {config.data.max_length}, but the model was made for {positions}.")

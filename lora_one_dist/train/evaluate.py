@@ -18,7 +18,8 @@ from lora_one_dist.base.sharding import Base
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
-from lora_one_dist.data.rows import DataError, place_of
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import place_of
 from lora_one_dist.data.samples import TokenData
 
 GENERATION_BATCH = 32  # prompts answered at a time for exact match

@@ -12,7 +12,8 @@ import pytest
 from lora_one_dist.commands import plan, prepare_data
 from lora_one_dist.commands import sweep as sweep_command
 from lora_one_dist.config.reading import load_config
-from lora_one_dist.data.rows import DataError, load_rows
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
 from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.train import evaluate

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_one_dist.config.settings import DataConfig
+from lora_one_dist.data.rows import Rows
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = (
@@ -37,10 +38,15 @@ def write(path, rows):
     return str(path)
 
 
-def dataset(*rows):
+def typed(*rows):
     from datasets import Dataset
 
     return Dataset.from_list(list(rows))
+
+
+def dataset(*rows):
+    """As a hub's data set or Parquet holds them."""
+    return Rows([typed(*rows)])
 
 
 def config(**settings):

@@ -11,7 +11,7 @@ import random
 import pytest
 
 from lora_one_dist.data.batches import collate
-from lora_one_dist.data.rows import DataError
+from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.samples import tokenize
 from tests.data.helpers import build_tokenizer, config, dataset, read, read_all, turns
 
@@ -65,13 +65,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     messages = turns("q", "x", "r", "y")
     messages[1]["thought"] = messages[3]["thought"] = "hm"
     rows = dataset({"messages": turns("q", "x")}, {"messages": messages})
-    message = r"row 1 \(the first is 0\): the chat template rewrites earlier turns.* Set data\.loss_on: all"
+    message = r"row 1 \(the first is 0\): the chat template rewrites earlier turns.* Set data\.loss_on: last or all"
     with pytest.raises(DataError, match=message):
         tokenize(rows, plain, config(format="chat"))
     data = tokenize(rows, plain, config(format="chat", loss_on="all"))
     assert "".join(read(data.dataset[1], plain)[1]) == "user:ĊqĊassistant:ĊxĊuser:ĊrĊassistant:Ċ(hm)yĊ"
-    last_only = tokenize(rows.select([0]), plain, config(format="chat"))
-    assert last_only.num_targets == 2
+    first_only = tokenize(dataset({"messages": turns("q", "x")}), plain, config(format="chat"))
+    assert first_only.num_targets == 2
 
 
 def test_a_key_of_other_messages_is_not_printed():
@@ -204,7 +204,7 @@ def test_ids_labels_and_mask_of_chats_turn_by_turn(name):
     tokenizer = build_tokenizer(template)
     tokenizer.add_tokens(ADDED, special_tokens=True)
     generator = random.Random(name)
-    chats = [chat(generator, tools=name != "instruct") for _ in range(80)]
+    chats = [chat(generator, tools=name == "chatml") for _ in range(80)]
     whole = [marked(pieces_of(messages), tokenizer) for messages in chats]
     longest = max(len(ids) for ids, _ in whole)
     cut_within_answer = 0

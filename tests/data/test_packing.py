@@ -18,7 +18,7 @@ from lora_one_dist.data.batches import collate
 from lora_one_dist.data.samples import TokenData
 from lora_one_dist.data.split import held_out, training_data
 from tests import models, reference
-from tests.data.helpers import build_tokenizer, dataset
+from tests.data.helpers import build_tokenizer, dataset, typed
 from tests.initialise.test_gradient import TOLERANCE, checkpointed, load_base
 from tests.ranks import run_ranks
 from tests.run.test_resume import all_refused, rare_data, train_with_a_fault
@@ -36,7 +36,7 @@ def token_data(samples):
     ]
     lengths = np.array([len(sample["input_ids"]) for sample in samples])
     counts = (len(rows), 0, 0, int(lengths.sum()), sum(row["num_targets"] for row in rows))
-    return TokenData(dataset(*rows), *counts, np.arange(len(rows)), lengths)
+    return TokenData(typed(*rows), *counts, np.arange(len(rows)), lengths, ())
 
 
 def documents():

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_one_dist.data.rows import DataError, load_rows, place_of
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows, place_of
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
 from lora_one_dist.data.tokenizer import load_tokenizer
-from tests.data.helpers import build_tokenizer, config, dataset, read, read_all, turns, write
+from tests.data.helpers import build_tokenizer, config, dataset, read, read_all, turns, typed, write
 
 # ---------------------------------------------------------------- tokens and labels
 
@@ -127,7 +128,7 @@ def placed(path, suffix):
     path = path / f"rows{suffix}"
     good, bad = {"prompt": "q", "completion": "r"}, {"prompt": "q", "completion": None}
     if suffix == ".parquet":
-        dataset(good, good, bad).to_parquet(path)
+        typed(good, good, bad).to_parquet(path)
     elif suffix == ".json":
         path.write_text(json.dumps([good, good, bad], indent=1), encoding="utf-8")
     else:
@@ -217,7 +218,7 @@ def test_a_second_call_and_a_second_process_are_served_from_the_cache(tmp_path, 
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stdout.split() == [files[0][0], "6"], result.stderr
     assert cached_files(run()) == files, "the other process wrote the file anew"
-    monkeypatch.setattr("lora_one_dist.data.samples.__file__", __file__)  # other code makes other tokens
+    monkeypatch.setattr("lora_one_dist.data.store.CODE", tmp_path)  # other code makes other tokens
     assert cached_files(run())[0][0] != files[0][0]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lora_one_dist.config.settings import DataConfig
-from lora_one_dist.data.rows import DataError, load_rows
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, held_out, training_data
 from tests.data.helpers import build_tokenizer, config, dataset

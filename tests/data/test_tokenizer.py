@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_one_dist.data.rows import DataError
+from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.tokenizer import load_tokenizer
 from tests.data.helpers import SPECIAL, build_tokenizer
 

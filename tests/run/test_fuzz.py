@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lora_one_dist.config.checks import ZERO_KEYS
 from lora_one_dist.config.reading import ConfigError, load_config, parse_config
 from lora_one_dist.config.settings import Config
-from lora_one_dist.data.rows import DataError, load_rows, place_of
+from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.rows import load_rows, place_of, placing
 from lora_one_dist.data.samples import tokenize
 from tests.config import test_config
 from tests.data import conftest, helpers
@@ -212,6 +213,13 @@ tables = st.lists(likely, min_size=1, max_size=5).map(lambda rows: "\n".join(map
 VALID_JSONL = b'{"prompt": "q", "completion": "r"}\n' * 2 + b'{"prompt": "\xc3\xa9", "completion": "\\u00e9"}\n'
 
 
+def read_all(path):
+    with placing(path):
+        rows = load_rows(path, "", None)
+        rows.to_list()
+    return rows
+
+
 @fuzz(150)
 @given(
     content=st.one_of(st.binary(max_size=60), lines, tables, tables.flatmap(spoiled), spoiled(VALID_JSONL)),
@@ -220,7 +228,7 @@ VALID_JSONL = b'{"prompt": "q", "completion": "r"}\n' * 2 + b'{"prompt": "\xc3\x
 def test_jsonl_of_any_bytes(content, form, tokenizer, tmp_path, cache):
     path = str(tmp_path / "rows.jsonl")
     Path(path).write_bytes(content)
-    rows, refused = outcome(DataError, lambda: load_rows(path, "", None))
+    rows, refused = outcome(DataError, lambda: read_all(path))
     event("file refused" if refused else "file read")
     if refused:
         assert str(refused).startswith(path)
