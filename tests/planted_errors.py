@@ -71,8 +71,7 @@ ERRORS = [
         (
             (
                 "            if config.damping_in_force is not None:\n"
-                "                pair = precondition(A, B, *pair, config.damping_in_force, "
-                'config.form == "rescaled")\n',
+                '                pair = precondition(A, B, *pair, damping_at(lr, config), config.form == "rescaled")\n',
                 "            before = (A.clone(), B.clone())\n",
             ),
             (
@@ -81,7 +80,7 @@ ERRORS = [
                 "            if config.damping_in_force is not None:\n"
                 '                rescale = config.form == "rescaled"\n'
                 "                moved = precondition(\n"
-                "                    *before, A - before[0], B - before[1], config.damping_in_force, rescale\n"
+                "                    *before, A - before[0], B - before[1], damping_at(lr, config), rescale\n"
                 "                )\n"
                 "                A.copy_(before[0] + moved[0])\n"
                 "                B.copy_(before[1] + moved[1])\n",
@@ -129,6 +128,13 @@ ERRORS = [
         ),
         "train/test_optim.py",
         "float64_loop or near_singular",
+    ),
+    Planted(
+        "a damping that does not grow as the rate falls",
+        "train/optim.py",
+        (("damping / max(lr / config.lr, FAINTEST) if", "damping if"),),
+        "train/test_optim.py",
+        "float64_loop and rescaled",
     ),
     Planted(
         "a rescaled gradient with the norm of all layers of a stack",

@@ -44,7 +44,7 @@ def riemannian_adamw(
     rates: list[float],
     *,
     ratio_b: float,
-    damping: float | None,
+    dampings: list[float] | None,
     rescale: bool,
     clip: float,
     betas: tuple[float, float],
@@ -60,10 +60,11 @@ def riemannian_adamw(
         for i, (gA, gB) in enumerate(step_gradients):
             (A, B), eye = state[i], torch.eye(state[i][0].shape[0], dtype=torch.float64)
             g = [gA.double() * scale, gB.double() * scale]
-            if damping is not None:
+            if dampings is not None:
                 grams = [B.T @ B, A @ A.T]
                 units = [torch.linalg.eigvalsh(gram).mean() if rescale else 1.0 for gram in grams]
-                P = [torch.linalg.inv(gram + damping * unit * eye) for gram, unit in zip(grams, units, strict=True)]
+                own = [dampings[t - 1] * unit * eye for unit in units]
+                P = [torch.linalg.inv(gram + damped) for gram, damped in zip(grams, own, strict=True)]
                 raw, g = g, [P[0] @ g[0], g[1] @ P[1]]
                 if rescale:
                     g = [new * (old.norm() / new.norm()) for new, old in zip(g, raw, strict=True)]

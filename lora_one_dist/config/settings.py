@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-DEFAULT_FORM = {"adamw": "none", "sgd": "riemannian"}
+DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
 DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
 DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
 GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
@@ -204,8 +204,8 @@ class OptimConfig(_Group):
     """Decoupled weight decay, at least 0."""
     preconditioner: Literal["rescaled", "riemannian", "none"] | None = None
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
-    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need; worth trying
-    where answers are long (results/defaults). Default: none with adamw, riemannian with sgd."""
+    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need, and fading
+    with the rate (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
     damping: Annotated[
         float | None,
         not_with("optim.preconditioner", "none"),
@@ -213,8 +213,8 @@ class OptimConfig(_Group):
             "optim.preconditioner", None, otherwise="needs optim.preconditioner beside it: its unit depends on it."
         ),
     ] = Field(None, gt=0)
-    """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, default 1; riemannian:
-    as it is, default 1e-6; tuned values in papers span 1e-6 to 100."""
+    """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, at the peak rate (it
+    grows as the rate falls), default 1; riemannian: as it is, default 1e-6; values in papers span 1e-6 to 100."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

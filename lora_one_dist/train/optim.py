@@ -35,6 +35,7 @@ from lora_one_dist.cluster import comm, hierarchy, ownership
 from lora_one_dist.config.settings import OptimConfig
 from lora_one_dist.initialise import spectral
 
+FAINTEST = 1e-3  # the least share of its peak that a rate has for the damping: the first step of a warm-up has none
 TINY = 1e-30  # in place of a mean eigenvalue or a norm that is zero
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # adapter elements preconditioned at once: what a cache holds; few kernels
 
@@ -144,6 +145,17 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr
+
+
+def damping_at(lr: float, config: OptimConfig) -> float:
+    """The preconditioner's damping at a rate.  Pure; only where there is a preconditioner.
+
+    Of rescaled it grows as the rate falls, so that the last steps, which are small and mostly noise, are AdamW's own
+    (results/defaults).
+    """
+    damping = config.damping_in_force
+    assert damping is not None
+    return damping / max(lr / config.lr, FAINTEST) if config.form == "rescaled" else damping
 
 
 @dataclass(frozen=True)
@@ -344,7 +356,7 @@ class LayerShardedOptimizer:
             A, B = block.split(self.masters, self.layout.r)
             pair = block.split(grads, self.layout.r)
             if config.damping_in_force is not None:
-                pair = precondition(A, B, *pair, config.damping_in_force, config.form == "rescaled")
+                pair = precondition(A, B, *pair, damping_at(lr, config), config.form == "rescaled")
             for side, (parameter, grad) in enumerate(zip((A, B), pair, strict=True)):
                 rate = lr * (config.lr_ratio_b if side else 1.0)
                 if self.first is None or self.second is None:

@@ -75,8 +75,8 @@ def test_defaults_are_as_documented(here):
     config = parse_config(valid())
     assert (config.lora.r, config.lora.alpha, config.lora.use_rslora) == (8, 16.0, True)
     assert (config.init.method, config.gamma, config.init.num_samples) == ("lora_one", 128.0, 8)
-    assert (config.optim.name, config.optim.lr, config.optim.damping_in_force) == ("adamw", 2e-4, None)
-    assert (config.optim.form, config.optim.lr_ratio_b, config.optim.betas) == ("none", 1, (0.9, 0.999))
+    assert (config.optim.name, config.optim.lr, config.optim.damping_in_force) == ("adamw", 2e-4, 1.0)
+    assert (config.optim.form, config.optim.lr_ratio_b, config.optim.betas) == ("rescaled", 1, (0.9, 0.999))
     assert (config.model.dtype, config.train.global_batch_size, config.data.max_length) == ("bf16", 32, 1024)
     assert config.deepspeed.stage == 3
 

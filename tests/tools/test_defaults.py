@@ -93,7 +93,7 @@ def by_form(name: str, config: OptimConfig, trace: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("none", "none"), ("paper", "riemannian"), ("rescaled, relative 1", "rescaled")]
+    ("name", "setting"), [("none", "none"), ("paper", "riemannian"), ("rescaled, fading", "rescaled")]
 )
 def test_a_form_of_the_package_s_own_trains_as_the_package(name, setting, tmp_path):
     config = OptimConfig(lr=1e-2, weight_decay=0.1, lr_ratio_b=4.0, preconditioner=setting)

@@ -78,12 +78,16 @@ def truth(config: OptimConfig):
                 for side in (0, 1):
                     total[side] += pair[side]
         summed.append(of_step)
+    rates, dampings = [config.lr / (step + 1) for step in range(STEPS)], None
+    if config.damping_in_force is not None:  # of rescaled it grows as the rate falls
+        fades = config.form == "rescaled"
+        dampings = [config.damping_in_force * (step + 1 if fades else 1) for step in range(STEPS)]
     return reference.riemannian_adamw(
         pairs(),
         summed,
-        [config.lr / (step + 1) for step in range(STEPS)],
+        rates,
         ratio_b=config.lr_ratio_b,
-        damping=None if config.form == "none" else config.damping_in_force,
+        dampings=dampings,
         rescale=config.form == "rescaled",
         clip=config.max_grad_norm,
         betas=config.betas,
@@ -171,6 +175,12 @@ def test_rescaled_keeps_norms_and_does_not_see_the_size_of_the_pair():
     new_A, new_B = optim.precondition(A, torch.zeros_like(B), torch.zeros_like(gA), gB, 1.0, rescale=True)
     assert not new_A.any(), "plain LoRA's first step"
     assert new_B.isfinite().all()
+
+
+def test_the_damping_grows_as_the_rate_falls():
+    config = OptimConfig(lr=1e-2, preconditioner="rescaled", damping=2.0)
+    assert [optim.damping_at(lr, config) for lr in (1e-2, 2.5e-3, 0.0)] == pytest.approx([2.0, 8.0, 2e3])
+    assert optim.damping_at(1e-4, OptimConfig(lr=1e-2, preconditioner="riemannian", damping=0.5)) == 0.5
 
 
 def test_sgd_is_preconditioned_gradient_descent():

@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a plain checkout too
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lora_one_dist.base import loading
 from lora_one_dist.cluster import comm
@@ -84,8 +85,8 @@ def run(config: Config) -> dict[str, Any]:
     (root / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     with phases("load"):
         base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size)
-        for parameter in base.module.parameters():
-            parameter.requires_grad_(True)
+        # The base's own products keep nothing for a weight's gradient.
+        model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
 
     def evaluated(step: int) -> dict[str, float]:
         assert read.held is not None, "the study's configs name held-out data"
@@ -100,12 +101,13 @@ def run(config: Config) -> dict[str, Any]:
     rows = [read.train.dataset[i] for i in order]
     with phases("train"):
         Trainer(
-            model=base.module,
+            model=model,
             args=arguments(config, steps),
             train_dataset=rows,
             data_collator=lambda samples: batches.collate(samples, pad),
             callbacks=[lines],
         ).train()
+        base.module.load_state_dict(model.state_dict())  # to be evaluated as adapters are
     with phases("evaluate after"):
         after = evaluated(steps)
     summary = {"steps": steps, "before": before, "after": after, "phases": phases.over_ranks()}
