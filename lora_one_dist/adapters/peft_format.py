@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.adapters import peft_settings
-from lora_one_dist.adapters.peft_settings import MERGED_BY_PEFT
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_safetensors, write_safetensors
 
 PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
@@ -109,10 +108,10 @@ class _Faults:
     def __len__(self) -> int:
         return len(self.broken) + len(self.beyond)
 
-    def tell(self, where: str) -> None:
+    def tell(self, config: Mapping[str, Any], where: str) -> None:
         """Raise ConversionError if there are any."""
         if self.beyond:
-            raise ConversionError(f"{where}: {listed(self.beyond, 5)}. Leave it to PEFT: {MERGED_BY_PEFT}.")
+            raise ConversionError(f"{where}: {listed(self.beyond, 5)}. {peft_settings.pefts_way(config)}")
         if self.broken:
             raise ConversionError(
                 f"{where}: {listed(self.broken, 5)}. Give a whole LoRA adapter whose {CONFIG} is its own."
@@ -176,13 +175,13 @@ def check(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: s
             parts.setdefault(found["layer"], {})[found["part"].removesuffix(".weight")] = tensor
         else:
             _add_whole(opened, bare, tensor, faults)
-    faults.tell(where)
+    faults.tell(config, where)
     for layer_name, held in parts.items():
         add = _add_rows if TOKENS in held else _add_layer
         add(opened, layer_name, held, faults)
     if not tensors:
         faults.broken.append("it holds no LoRA tensors")
-    faults.tell(where)
+    faults.tell(config, where)
     return opened
 
 

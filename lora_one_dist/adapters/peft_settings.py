@@ -13,6 +13,7 @@ from typing import Any
 
 LIVE = "PeftModel.from_pretrained(base, adapter)"
 MERGED_BY_PEFT = f"{LIVE}.merge_and_unload().save_pretrained(out)"
+NOT_MERGED = ("alora_invocation_tokens", "arrow_config")  # what depends on the input, and PEFT does not merge either
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head")  # saved when they were resized
 # By what an adapter is more than a pair A, B of one r and one scale for each linear layer, ...
 PATTERNS = ("rank_pattern", "alpha_pattern", "fan_in_fan_out")
@@ -47,6 +48,11 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
+def pefts_way(config: Mapping[str, Any]) -> str:
+    """How PEFT does what this package does not."""
+    return f"Leave it to PEFT: {LIVE if any(config.get(key) for key in NOT_MERGED) else MERGED_BY_PEFT}."
+
+
 def changed_base(config: Mapping[str, Any]) -> str | None:
     """Why an adapter whose start was taken out of the base does not hold on the one on disk, and what to do; or None.
 
@@ -55,7 +61,7 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
     start = str(config.get("init_lora_weights")).lower()
     if not start.startswith(CHANGES_BASE):
         return None
-    again = f" Or let PEFT take it out again: {MERGED_BY_PEFT}." if start in REPEATED else ""
+    again = f" Or leave it to PEFT, which takes it out again: {MERGED_BY_PEFT}." if start in REPEATED else ""
     return (
         f"init_lora_weights is {start}, which changed the base: the adapter does not hold on the one on disk. Save it "
         f"with path_initial_model_for_weight_conversion, the folder of the adapter before its training.{again}"

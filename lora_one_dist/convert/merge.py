@@ -81,8 +81,7 @@ def _beside(base: Path, adapter: Path, notes: list[str]) -> dict[str, Path]:
     whole = not own.keys() <= files.TEMPLATES  # its vocabulary too: no file of the base's must stay beside it
     replaced = files.tokenizer_files(base).keys() if whole else own.keys()
     kept = {name: path for name, path in beside.items() if name not in replaced}
-    what = "tokenizer and chat template" if whole else "chat template"
-    notes.append(f"the adapter's {what} are taken, which differ from the base's: {', '.join(sorted(own))}")
+    notes.append(f"taken from the adapter, as the base's differ: {', '.join(sorted(own))}")
     return kept | own
 
 
@@ -226,11 +225,9 @@ def _left_out(stored: Mapping[str, LazyTensor], adapter: Adapter) -> list[str]:
 def _refuse_lost_biases(shards: Shards, adapter: Adapter) -> None:
     """Raise ConversionError for ``lora_bias`` that no bias of the base can take."""
     held = {name for tensors in shards.values() for name in tensors}
-    lacking = [f"the base has no {name}" for name in adapter.biases if name not in held]
-    if adapter.biases and adapter.config.get("use_dora"):
-        lacking.append("use_dora scales it, which PEFT's merge leaves out")
+    lacking = [name for name in adapter.biases if name not in held]
     if lacking:
         raise ConversionError(
-            f"{adapter.where}: lora_bias is true, and {listed(lacking)}: it cannot be merged, by PEFT neither. Serve "
-            f"it unmerged: {peft_settings.LIVE}."
+            f"{adapter.where}: lora_bias is true, and the base has no {listed(lacking)}: it cannot be merged, by PEFT "
+            f"neither. Serve it unmerged: {peft_settings.LIVE}."
         )

@@ -52,8 +52,8 @@ def _stay_one(embedding: str, head: str, adapter: Adapter) -> bool:
     if config.get("ensure_weight_tying"):
         if pair & adapter.weights.keys():
             raise ConversionError(
-                f"{adapter.where}: ensure_weight_tying with LoRA on a tied embedding is not supported. Leave it to "
-                f"PEFT: {peft_settings.MERGED_BY_PEFT}."
+                f"{adapter.where}: ensure_weight_tying with LoRA on a tied embedding is not supported. "
+                f"{peft_settings.pefts_way(config)}"
             )
         return True
     trained_whole = any(peft_settings.saved_whole(config, name.removesuffix(".weight")) for name in pair)
