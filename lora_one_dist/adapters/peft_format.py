@@ -86,6 +86,12 @@ class Adapter:
         """The layers with ``lora_bias`` by the names of their biases in the base."""
         return {f"{name}.bias": layer for name, layer in self.layers.items() if layer.bias is not None}
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embeddings that it holds whole, or None if it holds none."""
+        whole = (n for n in self.replaced if peft_settings.is_embedding(n.removesuffix(".weight")))
+        return next((self.replaced[name].shape[0] for name in whole), None)
+
     def beyond_pairs(self) -> list[str]:
         """What it holds besides pairs A and B, in words, for those who take pairs alone."""
         words = ["it is a DoRA"] if self.config.get("use_dora") else []
