@@ -71,6 +71,8 @@ def plan(
     changed = peft_settings.changed_base(config)
     if changed is not None:
         notes.append(changed)
+    if beside:
+        notes.append(f"tokenizer: copied from {next(iter(beside.values())).parent}")
     return Plan(config, tensors, beside, notes)
 
 

@@ -132,6 +132,22 @@ def test_vocab_size_changes_where_it_was(bases, tmp_path):
         assert {key: planned.config[key] for key in planned.config if key == "vocab_size"} == dict.fromkeys(top, LARGER)
 
 
+def test_a_tied_tensor_that_is_stored_twice_changes_in_both(bases, tmp_path):
+    trained(bases["qwen2"], tmp_path / "adapter", {**Q, "trainable_token_indices": [40, 5]})
+    shards = files.model_shards(bases["qwen2"])
+    name = "model.embed_tokens.weight"
+    (file,) = (file for file, tensors in shards.items() if name in tensors)
+    shards[file]["lm_head.weight"] = shards[file][name]
+    (tmp_path / "base").mkdir()
+    files.copy_rest(bases["qwen2"], tmp_path / "base")
+    files.write_model(tmp_path / "base", shards)
+    planned = merge.plan(tmp_path / "base", tmp_path / "adapter")
+    merged = {name: tensor for tensors in planned.shards.values() for name, tensor in tensors.items()}
+    assert torch.equal(merged["lm_head.weight"].read(), merged[name].read())
+    assert not torch.equal(merged[name].read(), shards[file][name].read())
+    assert planned.config["tie_word_embeddings"] is True
+
+
 # The tokenizer ------------------------------------------------------------------------------------------------------
 
 TEMPLATE = "{{ messages[0]['content'] }}"

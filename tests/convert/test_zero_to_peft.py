@@ -88,20 +88,22 @@ def test_inferred_configuration(stage, saved, model_folder, tmp_path):
 def test_resized_vocabulary_merges_to_what_peft_computes(saved, model_folder, tmp_path):
     """Trained under ZeRO-3: PEFT saves an embedding as X and as X.modules_to_save, the optimizer once."""
     root, base = saved(2) / "resized", model_folder("llama")
-    zero.run(zero.plan(root / "checkpoint-2"), tmp_path / "adapter")
+    zero.run(planned := zero.plan(root / "checkpoint-2"), tmp_path / "adapter")
+    assert planned.notes[-1] == f"tokenizer: copied from {root / 'checkpoint-2'}"
     larger = AutoModelForCausalLM.from_pretrained(base)
     larger.resize_token_embeddings(VOCABULARY, mean_resizing=False)
-    live = PeftModel.from_pretrained(larger, root / "live").eval()
+    live = PeftModel.from_pretrained(larger, root / "live").double().eval()
     ids = torch.arange(3, VOCABULARY - 1).view(2, 33)
     for adapter, twice in ((tmp_path / "adapter", False), (root / "checkpoint-2", True), (root / "live", True)):
         names = load_file(adapter / "adapter_model.safetensors").keys()
         assert any(".modules_to_save." in name for name in names) is twice
-        planned = merge.plan(base, adapter)
         out = tmp_path / "merged" / adapter.parent.name / adapter.name
-        merge.run(planned, out)
-        merged = AutoModelForCausalLM.from_pretrained(out).eval()
+        merge.run(merge.plan(base, adapter), out)
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64).eval()
         assert merged.config.vocab_size == VOCABULARY
-        torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=0, atol=1e-5)  # fp32, in another order
+        distance = (merged(ids).logits - live(ids).logits).abs().max().item()
+        print(f"{adapter.name}: {distance:.1e}")
+        assert distance <= 1e-5  # weights and norms are rounded to fp32
         assert len(AutoTokenizer.from_pretrained(out)) == (VOCABULARY if adapter.name != "live" else 64)
 
 
