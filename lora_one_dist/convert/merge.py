@@ -62,7 +62,10 @@ def plan(base: Path, adapter: Path, device: torch.device | str = "cpu") -> Plan:
         file: {name: _merged(name, tensor, opened, device) for name, tensor in tensors.items()}
         for file, tensors in shards.items()
     }
-    return Plan(_beside(base, adapter, notes), merged, config, notes)
+    beside = _beside(base, adapter, notes)
+    if "tokenizer.json" in beside and beside["tokenizer.json"].parent == adapter:
+        vocabulary.refuse_longer_tokenizer(adapter, shards, opened)
+    return Plan(beside, merged, config, notes)
 
 
 def run(planned: Plan, out: Path, workers: int = 1) -> None:

@@ -6,11 +6,12 @@ adapter tells apart has a tensor of its own, and ``vocab_size`` is what the adap
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lora_one_dist.adapters import peft_settings
 from lora_one_dist.adapters.peft_format import Adapter
-from lora_one_dist.disk.lazy import ConversionError, LazyTensor
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json
 
 Shards = dict[str, dict[str, LazyTensor]]
 HEAD = "lm_head"
@@ -102,6 +103,26 @@ def resize(base: str, shards: Shards, config: dict[str, Any], adapter: Adapter, 
 def is_resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Are these the shapes of one embedding with another number of tokens?  Pure."""
     return _is_embedding(name) and before != after and before[1:] == after[1:]
+
+
+def refuse_longer_tokenizer(folder: Path, shards: Shards, adapter: Adapter) -> None:
+    """Raise ConversionError if a folder's tokenizer.json has tokens that no row of the merged embeddings is for."""
+    path = folder / "tokenizer.json"
+    held = {name: tensor.shape for tensors in shards.values() for name, tensor in tensors.items()}
+    embedding = next((name for name in held if _is_embedding(name)), None)
+    if embedding is None or not path.is_file():
+        return
+    rows = adapter.vocabulary or held[embedding][0]
+    content = read_json(path)
+    known = (content.get("model") or {}).get("vocab") or {}
+    numbers = [*(known.values() if isinstance(known, dict) else range(len(known)))]  # Unigram has a list
+    last = max([*numbers, *(token["id"] for token in content.get("added_tokens", []))], default=0)
+    if last >= rows:
+        raise ConversionError(
+            f"{path}: has tokens up to number {last}, the merged {embedding} {rows} rows: embeddings that the training "
+            "resized were not saved with the adapter. Save it with save_embedding_layers=True, or take the tokenizer out "
+            "of its folder."
+        )
 
 
 def _with_vocab_size(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:

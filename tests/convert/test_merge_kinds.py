@@ -183,6 +183,21 @@ def test_takes_the_adapters_chat_template_alone(bases, tmp_path):
     assert (len(merged), merged.chat_template) == (models.VOCABULARY, TEMPLATE)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tokenizer_with_tokens_that_no_row_is_for(bases, tmp_path):
+    trained(bases["llama"], tmp_path / "adapter", Q, LARGER)
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    tokenizer.add_tokens([f"<new{i}>" for i in range(LARGER - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge.plan(bases["llama"], tmp_path / "adapter")
+    drop(tmp_path / "adapter", "lm_head", "embed_tokens")  # as with save_embedding_layers=False
+    message = (
+        r"tokens up to number 69, the merged .* 64 rows: .*Save it with save_embedding_layers=True, or take"
+    )
+    with pytest.raises(ConversionError, match=message):
+        merge.plan(bases["llama"], tmp_path / "adapter")
+
+
 def test_an_equal_tokenizer_is_no_news(bases, tmp_path):
     trained(bases["llama"], tmp_path / "adapter", Q)
     for path in files.tokenizer_files(bases["llama"]).values():
