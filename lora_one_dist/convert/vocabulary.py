@@ -120,8 +120,8 @@ def refuse_longer_tokenizer(folder: Path, shards: Shards, adapter: Adapter) -> N
     if last >= rows:
         raise ConversionError(
             f"{path}: has tokens up to number {last}, the merged {embedding} {rows} rows: embeddings that the training "
-            "resized were not saved with the adapter. Save it with save_embedding_layers=True, or take the tokenizer out "
-            "of its folder."
+            "resized were not saved with the adapter. Save it with save_embedding_layers=True, or take the tokenizer "
+            "out of its folder."
         )
 
 

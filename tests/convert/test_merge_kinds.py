@@ -191,9 +191,7 @@ def test_a_tokenizer_with_tokens_that_no_row_is_for(bases, tmp_path):
     tokenizer.save_pretrained(tmp_path / "adapter")
     merge.plan(bases["llama"], tmp_path / "adapter")
     drop(tmp_path / "adapter", "lm_head", "embed_tokens")  # as with save_embedding_layers=False
-    message = (
-        r"tokens up to number 69, the merged .* 64 rows: .*Save it with save_embedding_layers=True, or take"
-    )
+    message = r"tokens up to number 69, the merged .* 64 rows: .*Save it with save_embedding_layers=True, or take"
     with pytest.raises(ConversionError, match=message):
         merge.plan(bases["llama"], tmp_path / "adapter")
 
