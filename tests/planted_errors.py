@@ -565,6 +565,27 @@ ERRORS = [
         "plan/test_plan.py",
         "one_block_fewer",
     ),
+    Planted(
+        "a trained bias merged without its scale",
+        "convert/merge.py",
+        (("layer.scale * layer.bias.read()", "layer.bias.read()"),),
+        "convert/test_merge_kinds.py",
+        "lora_bias and computes",
+    ),
+    Planted(
+        "an embedding merged as it was before its training",
+        "adapters/peft_format.py",
+        (('    elif wrapper != "original_module":\n', "    else:\n"),),
+        "adapters/test_peft_format.py",
+        "trained_copy_counts",
+    ),
+    Planted(
+        "an adapter of PiSSA begun from on a base that it does not hold on",
+        "adapters/folder.py",
+        (("    if changed is not None:\n", "    if changed is not None and not described:\n"),),
+        "adapters/test_folder.py",
+        "cannot_be_trained_on and init_lora_weights",
+    ),
 ]
 
 

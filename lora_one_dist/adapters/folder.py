@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
+from lora_one_dist.adapters import peft_format, peft_settings
 from lora_one_dist.adapters.lora import Adapter, peft_config
+from lora_one_dist.adapters.peft_format import PREFIX
 from lora_one_dist.base.targets import Target
-from lora_one_dist.config.settings import Config
+from lora_one_dist.config.settings import Config, LoraConfig
 from lora_one_dist.disk import folders
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed
+from lora_one_dist.disk.weights import WeightsError
 from lora_one_dist.initialise.pairs import Pairs
 
-PREFIX = "base_model.model."  # of every name in a PEFT checkpoint
+MERGE_FIRST = "merge it with tools/merge_adapter.py and begin from what comes out"
 
 
 class AdapterError(ValueError):
@@ -86,51 +91,66 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     """Pairs (A (r, n), B (m, r)) of a PEFT folder, fp32, strictly those of the targets.  Not collective.
 
     Raises:
-        AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference.
+        AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference; if it holds more
+            than pairs, or on another base than the one on disk.
     """
     try:
-        described = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise AdapterError(
-            f"init.adapter = {folder}: its adapter_config.json cannot be read: {error}. Copy it again."
-        ) from error
-    lora = config.lora
+        described, tensors = peft_format.read(folder)
+    except WeightsError as error:
+        damaged = f"{peft_format.WEIGHTS} is damaged: {error}. Copy it again."
+        raise AdapterError(f"init.adapter = {folder}: {damaged}") from error
+    except ConversionError as error:
+        raise AdapterError(f"init.adapter = {error}") from error
+    changed, (broken, unknown) = peft_settings.changed_base(described), peft_settings.refused(described)
+    if changed is not None:
+        raise AdapterError(f"init.adapter = {folder}: {changed}")
+    beyond = unknown + peft_settings.beyond_pairs(described)
+    problems = broken + _other_scale(described, config.lora) + [f"{setting} ({MERGE_FIRST})" for setting in beyond]
+    pairs, misfits = _pairs_of(tensors, config.lora.r, targets, told=bool(beyond))
+    problems += misfits
+    if problems:
+        shown = listed(problems, 5)
+        raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
+    return {name: (A.read().float(), B.read().float()) for name, (A, B) in pairs.items()}
+
+
+def _other_scale(described: Mapping[str, Any], lora: LoraConfig) -> list[str]:
+    """In what r and scale differ from the run's."""
     problems = []
     for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
         found = described.get(key, False)  # an exported alpha may hold a factor sqrt(2)
         if not (isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-6)):
             problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if described.get(key):
-            problems.append(f"{key} is {described[key]}, which is not supported")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise AdapterError(f"init.adapter = {folder}: holds no adapter_model.safetensors. Save it as such.")
-    try:
-        with safe_open(path, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name).float() for name in reader.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"init.adapter = {folder}: {path.name} is damaged: {error}. Copy it again.") from error
-    known = {f"{PREFIX}{target.name}.lora_{side}.weight" for target in targets for side in "AB"}
-    extra = sorted(set(tensors) - known)
-    if extra:
+    return problems
+
+
+def _pairs_of(
+    tensors: Mapping[str, LazyTensor], r: int, targets: Sequence[Target], told: bool
+) -> tuple[dict[str, tuple[LazyTensor, LazyTensor]], list[str]]:
+    """The targets' pairs, and what is missing, of another shape, or of no target.
+
+    Args:
+        told: whether the settings say that there is more than pairs, so that nothing more need be said of it.
+    """
+    names = {target.name: [f"{PREFIX}{target.name}.lora_{side}.weight" for side in "AB"] for target in targets}
+    problems = []
+    extra = sorted(tensors.keys() - {name for pair in names.values() for name in pair})
+    whole = [name for name in extra if name.startswith(PREFIX) and not peft_format.PARTS.fullmatch(name)]
+    if whole and not told:
+        problems.append(f"{whole[0]} was saved whole, and cannot be trained on yet ({MERGE_FIRST})")
+    elif extra and not told:
         problems.append(f"{len(extra)} of its tensors belong to no target, e.g. {extra[0]}")
     pairs = {}
     for target in targets:
-        names = [f"{PREFIX}{target.name}.lora_{side}.weight" for side in "AB"]
-        found = [tensors.get(name) for name in names]
-        wanted_shapes = [(lora.r, target.n), (target.m, lora.r)]
-        for name, tensor, shape in zip(names, found, wanted_shapes, strict=True):
+        found = [tensors.get(name) for name in names[target.name]]
+        for name, tensor, shape in zip(names[target.name], found, [(r, target.n), (target.m, r)], strict=True):
             if tensor is None:
                 problems.append(f"{name} is missing")
-            elif tuple(tensor.shape) != shape:
-                problems.append(f"{name} is {tuple(tensor.shape)}, must be {shape}")
+            elif tensor.shape != shape:
+                problems.append(f"{name} is {tensor.shape}, must be {shape}")
         if found[0] is not None and found[1] is not None:
             pairs[target.name] = (found[0], found[1])
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
-    return pairs
+    return pairs, problems
 
 
 def initial_pairs_of(folder: Path, r: int, targets: Sequence[Target]) -> Pairs:

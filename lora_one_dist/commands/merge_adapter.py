@@ -2,9 +2,11 @@
 
     python tools/merge_adapter.py /models/Llama-2-7b-hf runs/mine/adapter --out /models/mine
 
-Takes LoRA with rsLoRA, rank_pattern, alpha_pattern, DoRA, modules_to_save, fan_in_fan_out (Conv1D), on linear and
-embedding layers. The sum W + scale * B A is taken in fp32 and rounded once to the base's type. Shards, index, config
-and tokenizer are the base's; SHA256SUMS is added. Tied embeddings that the adapter changes on one side only are untied.
+Takes LoRA with rsLoRA, rank_pattern, alpha_pattern, DoRA, modules_to_save, trainable_token_indices, lora_bias, bias,
+target_parameters, fan_in_fan_out (Conv1D), on linear and embedding layers, also where the vocabulary was resized. The
+sum W + scale * B A is taken in fp32 and rounded once to the base's type. Shards, index and config are the base's, and
+so are tokenizer and chat template where the adapter's folder has no other; SHA256SUMS is added. Tied embeddings that
+the adapter tells apart are untied.
 
 Memory for each worker: one tensor and its delta in fp32 (at 70B 2 GB for the largest MLP matrix), or the embedding as
 it is stored. The folder appears when it is whole, and never replaces another.

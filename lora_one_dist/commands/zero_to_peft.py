@@ -6,7 +6,8 @@
 ZeRO-1, 2 and 3, any number of ranks, with or without the frozen weights; neither DeepSpeed nor the base model is
 needed. The optimizer's fp32 masters are read, and rounded to what the model held unless --dtype says otherwise.
 adapter_config.json is taken from --adapter_config, else from the checkpoint's folder or above it, else inferred from
-the tensors, which do not tell lora_alpha, rsLoRA or alpha_pattern. For a run of this project: tools/export_adapter.py.
+the tensors, which do not tell lora_alpha, rsLoRA or alpha_pattern. A tokenizer in or above the checkpoint's folder is
+copied. For a run of this project: tools/export_adapter.py.
 """
 
 from __future__ import annotations

@@ -194,8 +194,11 @@ def _adapted(model: Any, opened: Opened) -> Any:
     """The model with the adapter on it, loaded by PEFT from a folder as any user's."""
     from peft import PeftModel
 
+    named = {peft_format.PREFIX + name: tensor for name, tensor in opened.tensors.items()}
+    rows = peft_format.check(opened.config, named, str(opened.where)).vocabulary
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # as PEFT asks of its user; every row is the adapter's
     with tempfile.TemporaryDirectory() as folder:
-        named = {peft_format.PREFIX + name: tensor for name, tensor in opened.tensors.items()}
         peft_format.write(Path(folder), opened.config, named)
         return PeftModel.from_pretrained(model, folder)
 

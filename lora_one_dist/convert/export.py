@@ -21,7 +21,7 @@ from lora_one_dist.adapters import peft_format
 from lora_one_dist.adapters.peft_format import Layer
 from lora_one_dist.convert import files
 from lora_one_dist.disk import folders
-from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json, read_safetensors
+from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json, read_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPORT = "export_report.json"
@@ -67,10 +67,10 @@ def plan(
     opened = peft_format.open_folder(folder)
     config, layers = dict(opened.config), dict(opened.layers)
     ranks = {layer.r for layer in layers.values()}
-    if opened.replaced or config.get("use_dora"):
+    beyond = opened.beyond_pairs()
+    if beyond:
         raise ConversionError(
-            f"{folder}: has {'DoRA' if config.get('use_dora') else 'modules_to_save'}, which is not LoRA alone. Merge "
-            "it with tools/merge_adapter.py."
+            f"{folder}: {listed(beyond)}, which is not LoRA alone. Merge it with tools/merge_adapter.py."
         )
     if masters:
         layers = _with_masters(folder, layers)

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,10 @@ from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json, read
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKSUMS = "SHA256SUMS"
+BESIDE = (".json", ".model", ".txt", ".jinja")  # what else than weights belongs to a model, by the names' ends
+TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+TOKENIZER |= {"vocab.json", "vocab.txt", "merges.txt"}  # and *.model
 SHARD_BYTES = 5 * 10**9  # as transformers' save_pretrained cuts them
 SPARE_BYTES = 64 * 2**20  # of the disk, for what is not weights
 READ_BYTES = 16 * 2**20  # hashed at a time
@@ -149,16 +153,30 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def copy_rest(
-    source: Path, destination: Path, endings: Sequence[str] = (".json", ".model", ".txt", ".jinja")
-) -> list[str]:
-    """Copy what stands beside a model's weights: config, tokenizer, chat template.  Returns the names."""
-    copied = []
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in endings and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, destination / path.name)
-            copied.append(path.name)
-    return copied
+def beside_weights(folder: Path) -> dict[str, Path]:
+    """What stands beside a model's weights, by name: config, tokenizer, chat template, licence."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json")
+    }
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder's tokenizer and chat template, by name."""
+    beside = beside_weights(folder)
+    return {name: path for name, path in beside.items() if name in TOKENIZER | TEMPLATES or path.suffix == ".model"}
+
+
+def copy(paths: Mapping[str, Path], destination: Path) -> None:
+    """Copy files into a folder, under these names."""
+    for name, path in paths.items():
+        shutil.copyfile(path, destination / name)
+
+
+def copy_rest(source: Path, destination: Path) -> None:
+    """Copy all that stands beside a model's weights."""
+    copy(beside_weights(source), destination)
 
 
 def write_checksums(folder: Path) -> None:

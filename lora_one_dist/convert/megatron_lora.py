@@ -194,9 +194,7 @@ def _adapters(parts: Sequence[tuple[str, str, str]], form: str) -> dict[str, lis
 
 
 def _refuse_misfits(opened: peft_format.Adapter, shape: Geometry) -> None:
-    problems = [f"{name} was trained whole (modules_to_save)" for name in opened.replaced]
-    if opened.config.get("use_dora"):
-        problems.append("it is a DoRA")
+    problems = opened.beyond_pairs()
     known = {f"model.layers.{i}.{hf}": hf for i in range(shape.layers) for ps in MODULES.values() for _, _, hf in ps}
     for name, layer in opened.layers.items():
         if name not in known:

@@ -1,8 +1,8 @@
 """An adapter merged into its base, tensor by tensor.
 
 In: a Hugging Face model's folder and a PEFT folder.  Out: the same files with ``W + scale * B A`` in place of ``W``,
-added in fp32 and rounded once to the type of the base.  Peak memory for each worker: one tensor in fp32, its delta in
-fp32 and one layer's A and B.
+added in fp32 and rounded once to the type of the base; what the adapter trained whole, and its tokenizer, in place of
+the base's.  Peak memory for each worker: one tensor in fp32, its delta in fp32 and one layer's A and B.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.adapters import peft_format
-from lora_one_dist.adapters.peft_format import Adapter, Layer
-from lora_one_dist.convert import files
+from lora_one_dist.adapters import peft_format, peft_settings
+from lora_one_dist.adapters.peft_format import Adapter, Layer, Rows
+from lora_one_dist.convert import files, vocabulary
+from lora_one_dist.convert.vocabulary import HEAD, Shards
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json
-
-HEAD = "lm_head"
-EMBEDDINGS = tuple(name for name in peft_format.EMBEDDINGS if name != HEAD)
-
-Shards = dict[str, dict[str, LazyTensor]]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a merge will write, and what its user should know."""
 
-    base: Path
+    beside: dict[str, Path]
+    """What is copied as it is, by name: tokenizer, chat template, licence."""
     shards: Shards
     config: dict[str, Any]
     """Content of config.json."""
@@ -44,7 +41,8 @@ def plan(base: Path, adapter: Path, device: torch.device | str = "cpu") -> Plan:
         device: where products and sums are taken.
 
     Raises:
-        ConversionError: if the adapter is of another model, or incomplete; naming the layers.
+        ConversionError: if the adapter is of another model, incomplete, or of a kind that cannot be merged; naming the
+            layers.
     """
     config = read_json(base / "config.json")
     if config.get("quantization_config"):
@@ -55,21 +53,39 @@ def plan(base: Path, adapter: Path, device: torch.device | str = "cpu") -> Plan:
     opened = _under_names_of(shards, opened, notes)
     if opened.replaced:
         notes.append(f"replaced whole: {', '.join(sorted(opened.replaced))}")
-    shards, config = _untie(shards, config, opened, notes)
+    notes += [f"rows of {len(rows.tokens)} tokens are replaced in {name}" for name, rows in opened.rows.items()]
+    shards, config = vocabulary.untie(shards, config, opened, notes)
+    config = vocabulary.resize(str(base), shards, config, opened, notes)
     _refuse_other_model(base, shards, opened)
+    _refuse_lost_biases(shards, opened)
     merged = {
         file: {name: _merged(name, tensor, opened, device) for name, tensor in tensors.items()}
         for file, tensors in shards.items()
     }
-    return Plan(base, merged, config, notes)
+    beside = _beside(base, adapter, notes)
+    if "tokenizer.json" in beside and beside["tokenizer.json"].parent == adapter:
+        vocabulary.refuse_longer_tokenizer(adapter, shards, opened)
+    return Plan(beside, merged, config, notes)
 
 
 def run(planned: Plan, out: Path, workers: int = 1) -> None:
     """Write the merged model: a new folder, whole or not there."""
     with files.new_folder(out, files.num_bytes(planned.shards)) as partial:
-        files.copy_rest(planned.base, partial)
+        files.copy(planned.beside, partial)
         (partial / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n", encoding="utf-8")
         files.write_model(partial, planned.shards, workers)
+
+
+def _beside(base: Path, adapter: Path, notes: list[str]) -> dict[str, Path]:
+    """What stands beside the base's weights, with the adapter's tokenizer and chat template where they are others."""
+    beside, own = files.beside_weights(base), files.tokenizer_files(adapter)
+    if all(name in beside and beside[name].read_bytes() == path.read_bytes() for name, path in own.items()):
+        return beside
+    whole = not own.keys() <= files.TEMPLATES  # its vocabulary too: no file of the base's must stay beside it
+    replaced = files.tokenizer_files(base).keys() if whole else own.keys()
+    kept = {name: path for name, path in beside.items() if name not in replaced}
+    notes.append(f"taken from the adapter, as the base's differ: {', '.join(sorted(own))}")
+    return kept | own
 
 
 def merged_weight(weight: torch.Tensor, layer: Layer, transposed: bool, device: torch.device | str) -> torch.Tensor:
@@ -94,19 +110,38 @@ def merged_weight(weight: torch.Tensor, layer: Layer, transposed: bool, device: 
     return total.to(dtype).cpu()
 
 
+def merged_bias(bias: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """``b + scale * b'`` for a layer with ``lora_bias``; fp32 as :func:`merged_weight`, rounded once."""
+    assert layer.bias is not None, layer.name
+    exact = torch.promote_types(bias.dtype, torch.float32)
+    return (bias.to(exact) + layer.scale * layer.bias.read().to(exact)).to(bias.dtype)
+
+
 def _merged(name: str, base: LazyTensor, adapter: Adapter, device: torch.device | str) -> LazyTensor:
     """A tensor of the base as it is after the merge."""
-    replacement = adapter.replaced.get(name)
-    weight = base if replacement is None else _cast(replacement, base.dtype)
-    layer = adapter.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-    if layer is None:
-        return weight
-    transposed = _transposed(weight.shape, layer, adapter)
-    return LazyTensor(base.dtype, base.shape, lambda: merged_weight(weight.read(), layer, bool(transposed), device))
+    tensor = _replaced(name, base, adapter)
+    layer, biased, rows = adapter.weights.get(name), adapter.biases.get(name), adapter.rows.get(name)
+    if layer is not None:
+        transposed = bool(_transposed(tensor.shape, layer, adapter))
+        return LazyTensor(base.dtype, tensor.shape, lambda: merged_weight(tensor.read(), layer, transposed, device))
+    if biased is not None:
+        return LazyTensor(base.dtype, tensor.shape, lambda: merged_bias(tensor.read(), biased))
+    if rows is not None:
+        return LazyTensor(base.dtype, tensor.shape, lambda: _with_rows(tensor.read(), rows))
+    return tensor
 
 
-def _cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(dtype, tensor.shape, lambda: tensor.read().to(dtype))
+def _replaced(name: str, base: LazyTensor, adapter: Adapter) -> LazyTensor:
+    """A tensor of the base, or what the adapter has in place of it, in the type of the base."""
+    whole = adapter.replaced.get(name)
+    if whole is None:
+        return base
+    return LazyTensor(base.dtype, whole.shape, lambda: whole.read().to(base.dtype))
+
+
+def _with_rows(weight: torch.Tensor, rows: Rows) -> torch.Tensor:
+    weight[rows.tokens] = rows.values.read().to(weight.dtype)
+    return weight
 
 
 def _transposed(shape: tuple[int, ...], layer: Layer, adapter: Adapter) -> bool | None:
@@ -127,7 +162,7 @@ def _ranks(adapter: Adapter) -> str:
 def _under_names_of(shards: Shards, adapter: Adapter, notes: list[str]) -> Adapter:
     """The adapter under the base's names, where the base was saved without its first part (``transformer.``)."""
     held = {name for tensors in shards.values() for name in tensors}
-    wanted = [f"{name}.weight" for name in adapter.layers] + list(adapter.replaced)
+    wanted = [*adapter.weights, *adapter.replaced, *adapter.rows]
     heads = {name.partition(".")[0] for name in wanted if not name.startswith(f"{HEAD}.")}
     if len(heads) != 1 or any(name in held for name in wanted if not name.startswith(f"{HEAD}.")):
         return adapter
@@ -137,58 +172,29 @@ def _under_names_of(shards: Shards, adapter: Adapter, notes: list[str]) -> Adapt
     notes.append(f"the base's names lack the leading {prefix}, which is taken off the adapter's")
     layers = {name.removeprefix(prefix): layer for name, layer in adapter.layers.items()}
     replaced = {name.removeprefix(prefix): tensor for name, tensor in adapter.replaced.items()}
-    return Adapter(adapter.where, adapter.config, layers, replaced)
-
-
-def _untie(shards: Shards, config: dict[str, Any], adapter: Adapter, notes: list[str]) -> tuple[Shards, dict[str, Any]]:
-    """Give input and output embeddings a tensor each, if they share one and the adapter changes only one of them."""
-    held = {name: file for file, tensors in shards.items() for name in tensors}
-    embedding = next((name for name in held if name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS), None)
-    head = f"{HEAD}.weight"
-    tied = embedding is not None and (head not in held or config.get("tie_word_embeddings") is True)
-    touched = {f"{name}.weight" for name in adapter.layers} | adapter.replaced.keys()
-    if not tied or embedding is None or not {embedding, head} & touched:
-        return shards, config
-    if adapter.config.get("ensure_weight_tying"):
-        if {embedding, head} & {f"{name}.weight" for name in adapter.layers}:
-            raise ConversionError(
-                f"{adapter.where}: ensure_weight_tying with LoRA on a tied embedding is not supported. Merge it with "
-                "PEFT."
-            )
-        whole = adapter.replaced.pop(head, None)
-        if whole is not None:
-            adapter.replaced.setdefault(embedding, whole)
-        notes.append(f"{embedding} and {head} stay one tensor")
-        return shards, config
-    notes.append(f"{embedding} and {head} shared a tensor; as the adapter tells them apart, each has its own now")
-    file = held[embedding]
-    shards = {name: dict(tensors) for name, tensors in shards.items()}
-    shards[held.get(head, file)].pop(head, None)
-    shards[file][head] = shards[file][embedding]
-    return shards, {**config, "tie_word_embeddings": False}
+    rows = {name.removeprefix(prefix): value for name, value in adapter.rows.items()}
+    return Adapter(adapter.where, adapter.config, layers, replaced, rows)
 
 
 def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:
-    """Raise ConversionError unless every layer finds its weight, and every targeted weight its layer."""
-    held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-    problems = []
-    for name, layer in adapter.layers.items():
-        weight = held.get(f"{name}.weight")
-        if weight is None:
-            problems.append(f"it has no {name}.weight")
-        elif _transposed(weight.shape, layer, adapter) is None:
-            problems.append(
-                f"{name}.weight is {weight.shape}, the adapter's B A {(layer.B.shape[0], layer.A.shape[1])}"
-            )
-        elif layer.magnitude is not None and layer.magnitude.shape != (layer.B.shape[0],):
-            problems.append(f"the magnitudes of {name} are {layer.magnitude.shape}, must be {(layer.B.shape[0],)}")
-    for name, tensor in adapter.replaced.items():
-        if name not in held:
-            problems.append(f"it has no {name}")
-        elif held[name].shape != tensor.shape:
-            problems.append(f"{name} is {held[name].shape}, the adapter's {tensor.shape} (resize the base first)")
+    """Raise ConversionError unless every tensor of the adapter finds its own, and every target its layer."""
+    stored = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    shapes = {name: _replaced(name, tensor, adapter).shape for name, tensor in stored.items()}
+    needed = [*adapter.weights, *adapter.replaced, *adapter.rows]
+    problems = [f"it has no {name}" for name in dict.fromkeys(needed) if name not in stored]
+    for name, whole in adapter.replaced.items():
+        before = stored[name].shape if name in stored else whole.shape
+        if before != whole.shape and not vocabulary.is_resized(name, before, whole.shape):
+            problems.append(f"{name} is {before}, the adapter's {whole.shape} (resize the base first)")
+    for name in adapter.weights.keys() & shapes.keys():
+        problems += _layer_misfits(name, shapes[name], adapter)
+    for name in adapter.rows.keys() & shapes.keys():
+        last, values = max(adapter.rows[name].tokens, default=0), adapter.rows[name].values
+        if last >= shapes[name][0] or values.shape[1:] != shapes[name][1:]:
+            trained = f"the adapter's rows {values.shape} of tokens up to {last}"
+            problems.append(f"{name} is {shapes[name]}, {trained} (resize the base first)")
     if not problems:
-        problems = [f"the adapter targets {name} and holds nothing for it" for name in _left_out(held, adapter)]
+        problems = [f"the adapter targets {name} and holds nothing for it" for name in _left_out(stored, adapter)]
     if problems:
         raise ConversionError(
             f"{base}: is not the base of {adapter.where}: {listed(problems)}. Give the base it was trained on "
@@ -196,11 +202,35 @@ def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:
         )
 
 
-def _left_out(held: Mapping[str, LazyTensor], adapter: Adapter) -> list[str]:
-    """Weights that ``target_modules`` names and the adapter lacks: it was not saved whole."""
+def _layer_misfits(name: str, shape: tuple[int, ...], adapter: Adapter) -> list[str]:
+    layer = adapter.weights[name]
+    m, n = layer.B.shape[0], layer.A.shape[1]
+    if _transposed(shape, layer, adapter) is None:
+        return [f"{name} is {shape}, the adapter's B A {(m, n)}"]
+    if layer.magnitude is not None and layer.magnitude.shape != (m,):
+        return [f"the magnitudes of {layer.name} are {layer.magnitude.shape}, must be {(m,)}"]
+    if layer.bias is not None and layer.bias.shape != (m,):
+        return [f"the bias of {layer.name} is {layer.bias.shape}, must be {(m,)}"]
+    return []
+
+
+def _left_out(stored: Mapping[str, LazyTensor], adapter: Adapter) -> list[str]:
+    """Layers that the configuration names and the adapter lacks: it was not saved whole."""
     config = adapter.config
     partly = config.get("exclude_modules") or config.get("layers_to_transform") is not None
     if partly or config.get("target_modules") in (None, "all-linear") or not adapter.layers:
         return []
-    names = [name.removesuffix(".weight") for name, tensor in held.items() if len(tensor.shape) == 2]
-    return [name for name in names if name not in adapter.layers and peft_format.is_target(config, name)]
+    names = [name.rpartition(".") for name, tensor in stored.items() if len(tensor.shape) == 2]
+    left = [(m, p) for m, _, p in names if f"{m}.{p}" not in adapter.weights and peft_settings.adapted(config, m, p)]
+    return [module if parameter == "weight" else f"{module}.{parameter}" for module, parameter in left]
+
+
+def _refuse_lost_biases(shards: Shards, adapter: Adapter) -> None:
+    """Raise ConversionError for ``lora_bias`` that no bias of the base can take."""
+    held = {name for tensors in shards.values() for name in tensors}
+    lacking = [name for name in adapter.biases if name not in held]
+    if lacking:
+        raise ConversionError(
+            f"{adapter.where}: lora_bias is true, and the base has no {listed(lacking)}: it cannot be merged, by PEFT "
+            f"neither. Serve it unmerged: {peft_settings.LIVE}."
+        )

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.adapters import peft_format
+from lora_one_dist.adapters import peft_format, peft_settings
 from lora_one_dist.adapters.peft_format import CONFIG, PREFIX
 from lora_one_dist.convert import files
 from lora_one_dist.convert.zero_checkpoint import Checkpoint, open_checkpoint
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json
-
-ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.(?P<adapter>[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class Plan:
     config: dict[str, Any]
     """Content of adapter_config.json."""
     tensors: dict[str, LazyTensor]
+    beside: dict[str, Path]
+    """The tokenizer's files and the chat template, by name."""
     notes: list[str]
 
     @property
@@ -61,12 +61,19 @@ def plan(
     opened = open_checkpoint(folder, tag, dtype)
     tensors, name = adapter_tensors(opened, adapter_name)
     config, source = _config(opened.folder, tensors, adapter_config, lora_alpha)
+    around = (opened.folder, opened.folder.absolute().parent)  # HF Trainer saves its tokenizer above the ranks' files
+    beside = next((found for found in map(files.tokenizer_files, around) if found), {})
     peft_format.check(config, tensors, str(opened.folder))
     notes = [
         f"{opened.folder}: ZeRO-{opened.stage} of {opened.world_size} ranks, step {opened.step}, adapter {name}",
         f"adapter_config.json: {source}",
     ]
-    return Plan(config, tensors, notes)
+    changed = peft_settings.changed_base(config)
+    if changed is not None:
+        notes.append(changed)
+    if beside:
+        notes.append(f"tokenizer: copied from {next(iter(beside.values())).parent}")
+    return Plan(config, tensors, beside, notes)
 
 
 def run(planned: Plan, out: Path) -> None:
@@ -74,12 +81,13 @@ def run(planned: Plan, out: Path) -> None:
     with files.new_folder(out, planned.num_bytes) as partial:
         progress = files.Progress("tensors", len(planned.tensors), planned.num_bytes)
         peft_format.write(partial, planned.config, planned.tensors, progress.add)
+        files.copy(planned.beside, partial)
         progress.end()
 
 
 def adapter_tensors(opened: Checkpoint, adapter_name: str | None = None) -> tuple[dict[str, LazyTensor], str]:
     """The tensors of one adapter by the names that PEFT gives them on disk, and the adapter's name."""
-    found = {match["adapter"] for name in opened.tensors for match in ADAPTER.finditer(name)}
+    found = {adapter for name in opened.tensors for adapter in peft_format.adapters_in(name)}
     if not found:
         raise ConversionError(
             f"{opened.folder}: nothing that was trained is of LoRA. Give a checkpoint of a PEFT model."
@@ -92,18 +100,9 @@ def adapter_tensors(opened: Checkpoint, adapter_name: str | None = None) -> tupl
     chosen = adapter_name or found.pop()
     tensors = {}
     for name, tensor in opened.tensors.items():
-        match = ADAPTER.search(name)
-        if match is None or match["adapter"] == chosen:
-            tensors[_peft_name(name)] = tensor
+        if peft_format.adapters_in(name) <= {chosen}:
+            tensors[peft_format.name_on_disk(name)] = tensor
     return tensors, chosen
-
-
-def _peft_name(name: str) -> str:
-    """PEFT's name on disk: without wrappers in front, the adapter's name and the module around what is saved whole."""
-    start = name.find(PREFIX)
-    bare = name[start:] if start > 0 else name
-    bare = ADAPTER.sub(lambda match: "" if match[1] == "modules_to_save" else f".{match[1]}", bare)
-    return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", bare)
 
 
 def _config(
@@ -120,21 +119,30 @@ def _config(
             f"{folder}: there is no {CONFIG} in it or above. Give --adapter_config, or the --lora_alpha of "
             "the training."
         )
+    if any(name.endswith(peft_format.TOKENS) for name in tensors):
+        raise ConversionError(
+            f"{folder}: there is no {CONFIG} in it or above, which alone tells which tokens were trained. Give "
+            "--adapter_config."
+        )
     return infer_config(tensors, lora_alpha), f"inferred from the tensors, with lora_alpha {lora_alpha} as given"
 
 
 def infer_config(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str, Any]:
     """What the names and shapes of an adapter's tensors tell of its configuration.  Pure.
 
-    They do not tell rsLoRA, alpha_pattern or fan_in_fan_out: such an adapter needs its own file.
+    They do not tell rsLoRA, alpha_pattern, fan_in_fan_out or which tokens were trained: such an adapter needs its own
+    file.
     """
-    ranks, saved = {}, set()
+    ranks, saved, biases = {}, set(), set()
     for name, tensor in tensors.items():
-        layer, _, part = name.removeprefix(PREFIX).partition(".lora_")
-        if part.startswith(("A", "embedding_A")):
-            ranks[layer] = tensor.shape[0]
+        bare = name.removeprefix(PREFIX)
+        part = peft_format.PARTS.fullmatch(bare)
+        if part and part["part"] in ("lora_A.weight", "lora_embedding_A"):
+            ranks[part["layer"]] = tensor.shape[0]
+        elif bare.endswith(".bias"):
+            biases.add("lora_bias" if part else "bias")
         elif not part:
-            saved.add(layer.rpartition(".")[0].rpartition(".")[2])
+            saved.add(bare.rpartition(".")[0].rpartition(".")[2])
     usual = max(ranks.values(), key=list(ranks.values()).count, default=0)
     return {
         "peft_type": "LORA",
@@ -146,6 +154,7 @@ def infer_config(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str,
         "target_modules": sorted({layer.rpartition(".")[2] for layer in ranks}),
         "modules_to_save": sorted(saved) or None,
         "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
-        "bias": "none",
+        "lora_bias": "lora_bias" in biases,
+        "bias": "all" if "bias" in biases else "none",
         "inference_mode": True,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lora_one_dist.adapters.folder import AdapterError, encode_pairs, export, read_adapter
 from lora_one_dist.adapters.lora import Adapter, peft_config
@@ -225,6 +227,56 @@ def alter(folder: Path, altered: dict) -> None:
             del held[key]
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not supported (merge it with"),
+        ({"trainable_token_indices": [4]}, "trainable_token_indices is [4], which is not supported (merge it with"),
+        ({"bias": "all", "lora_bias": True}, "lora_bias is True, which is not supported (merge it with"),
+        ({"resized": 70}, "base_model.model.lm_head.weight was saved whole, and cannot be trained on yet (merge it wi"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changed the base: the adapter does not ho"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is olora, which changed the base: the adapter does not ho"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of resized embeddings and biases that are lacking
+def test_adapters_of_peft_that_cannot_be_trained_on(settings, message, config, model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    if "resized" in settings:
+        model.resize_token_embeddings(settings["resized"], mean_resizing=False)
+    changes = {key: value for key, value in settings.items() if key != "resized"}
+    description = peft_config(config().lora, TARGETS, str(model_folder("llama")), **changes)
+    PeftModel(model, description).save_pretrained(str(tmp_path / "adapter"))
+    targets = [Target(f"model.layers.{i}.{t.name.partition('.0.')[2]}", t.m, t.n) for i in range(4) for t in TARGETS]
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path / "adapter", config(), targets)
+    assert str(caught.value).startswith(f"init.adapter = {tmp_path / 'adapter'}: {message}")
+    remedy = "path_initial_model_for_weight_conversion" if "init_lora_weights" in settings else "tools/merge_adapter.py"
+    assert remedy in str(caught.value)
+
+
+def test_converted_pissa_is_read_at_twice_the_rank(config, model_folder, tmp_path):
+    """What PEFT converted holds on this base: what is added to a weight is what PEFT's live model has more than it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    before = {t.name: model.get_submodule(t.name).weight.detach().clone() for t in TARGETS}
+    wrapped = PeftModel(model, peft_config(config().lora, TARGETS, "x", init_lora_weights="pissa"))
+    wrapped.save_pretrained(str(tmp_path / "start"))
+    torch.manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    layers = {t.name: wrapped.get_submodule(f"base_model.model.{t.name}") for t in TARGETS}
+    change = {n: x.base_layer.weight + x.get_delta_weight("default") - before[n] for n, x in layers.items()}
+    at = str(tmp_path / "start")
+    wrapped.save_pretrained(str(tmp_path / "adapter"), path_initial_model_for_weight_conversion=at)
+    doubled = config(lora__r=2 * R, lora__alpha=6 * math.sqrt(2))
+    targets = [Target(f"model.layers.{i}.{t.name.partition('.0.')[2]}", t.m, t.n) for i in range(4) for t in TARGETS]
+    found = read_adapter(tmp_path / "adapter", doubled, targets)
+    for name, expected in change.items():
+        A, B = found[name]
+        torch.testing.assert_close(6 / math.sqrt(R) * (B @ A), expected, rtol=0, atol=1e-5)  # fp32 sums of 8 terms
 
 
 def test_every_difference_is_told_at_once_up_to_five(config, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -163,6 +163,23 @@ def test_wrong_requests(run_folder, tmp_path):
             continue
         with pytest.raises(ConversionError, match=message):
             export.plan(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "it is a DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight was trained whole \(modules_to_save\)"),
+        ({"trainable_token_indices": [4]}, r"tokens of model\.embed_tokens\.weight were trained \(trainable_token_ind"),
+        ({"bias": "all"}, r"0\.self_attn\.q_proj\.bias was saved whole"),
+        ({"lora_bias": True}, r"0\.self_attn\.q_proj\.bias was trained \(lora_bias\)"),
+    ],
+)
+def test_more_than_pairs_is_refused(settings, words, model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder("qwen2"))
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], **settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConversionError, match=rf"{words}.*not LoRA alone\. Merge it with tools/merge_adapter\.py"):
+        export.plan(tmp_path / "adapter")
 
 
 def test_damaged_checkpoint_is_refused(run_folder, tmp_path):

@@ -235,7 +235,7 @@ FAULTS = {
     "quantised": (lambda b, a: change_config(b, quantization_config={"bits": 4}), "is quantised"),
     "pissa": (lambda b, a: change_config(a, init_lora_weights="pissa_niter_4"), "init_lora_weights is pissa"),
     "unknown": (lambda b, a: change_config(a, use_qalora=True), "use_qalora is True, which is not supported"),
-    "bias": (lambda b, a: change_config(a, bias="all"), "bias is all, must be none"),
+    "bias": (lambda b, a: change_config(a, bias="some"), "bias is some, must be none or all or lora_only"),
     "prompt": (lambda b, a: change_config(a, peft_type="PROMPT_TUNING"), "peft_type is PROMPT_TUNING"),
     "no config": (lambda b, a: (a / "adapter_config.json").unlink(), r"holds no adapter_config\.json"),
 }

@@ -120,6 +120,21 @@ def test_adapters_of_different_rank_that_compute_the_same(pair, tmp_path):
     assert verify.main(logits) == 0  # fp32 sums of the same products and zeros, in another order
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of resized embeddings
+def test_adapter_with_a_larger_vocabulary(model_folder, tmp_path):
+    """Its logits are those of its merge, which is tested against PEFT's."""
+    base = model_folder("llama")
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(70, mean_resizing=False)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    get_peft_model(larger, LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    merge.run(merge.plan(base, tmp_path / "adapter"), tmp_path / "merged")
+    both = [compare.open_any(tmp_path / name) for name in ("adapter", "merged")]
+    (x,), (y,) = (compare.logits(opened, base, PROMPTS[:1], torch.float64) for opened in both)
+    assert x.shape == (4, 70)
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-5)  # of up to 20: merged weights and norms are rounded to fp32
+
+
 def test_numbers_that_are_none():
     nan, inf = math.nan, math.inf
     x = torch.tensor([[1.0, nan, inf], [inf, 2.0, nan]])

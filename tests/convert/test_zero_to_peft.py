@@ -12,12 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_one_dist.convert import files, zero, zero_checkpoint
+from lora_one_dist.convert import files, merge, zero, zero_checkpoint
 from lora_one_dist.disk.lazy import ConversionError
 from tests import ranks, tool
 
+VOCABULARY = 70  # of the resized one
 STAGES = [1, 2, 3]
 LAYOUTS = ["checkpoint-2", "plain", "accelerate"]
 WORLD_SIZES = [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(4, marks=pytest.mark.full)]
@@ -82,6 +83,28 @@ def test_inferred_configuration(stage, saved, model_folder, tmp_path):
     assert torch.equal(
         generated(model_folder("llama"), tmp_path / "out"), generated(model_folder("llama"), root / "live")
     )
+
+
+def test_resized_vocabulary_merges_to_what_peft_computes(saved, model_folder, tmp_path):
+    """Trained under ZeRO-3: PEFT saves an embedding as X and as X.modules_to_save, the optimizer once."""
+    root, base = saved(2) / "resized", model_folder("llama")
+    zero.run(planned := zero.plan(root / "checkpoint-2"), tmp_path / "adapter")
+    assert planned.notes[-1] == f"tokenizer: copied from {root / 'checkpoint-2'}"
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    live = PeftModel.from_pretrained(larger, root / "live").double().eval()
+    ids = torch.arange(3, VOCABULARY - 1).view(2, 33)
+    for adapter, twice in ((tmp_path / "adapter", False), (root / "checkpoint-2", True), (root / "live", True)):
+        names = load_file(adapter / "adapter_model.safetensors").keys()
+        assert any(".modules_to_save." in name for name in names) is twice
+        out = tmp_path / "merged" / adapter.parent.name / adapter.name
+        merge.run(merge.plan(base, adapter), out)
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64).eval()
+        assert merged.config.vocab_size == VOCABULARY
+        distance = (merged(ids).logits - live(ids).logits).abs().max().item()
+        print(f"{adapter.name}: {distance:.1e}")
+        assert distance <= 1e-5  # weights and norms are rounded to fp32
+        assert len(AutoTokenizer.from_pretrained(out)) == (VOCABULARY if adapter.name != "live" else 64)
 
 
 def test_masters_are_finer_than_the_model(saved):

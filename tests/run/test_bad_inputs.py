@@ -664,6 +664,10 @@ ADAPTER = {
         lambda p: p.adapter(lambda c, t: t.update(x=torch.zeros(1))),
         ["1 of its tensors belong to no target, e.g. x", "Set lora.* to what"],
     ),
+    "start that changed the base": (
+        lambda p: p.adapter(lambda c, t: c.update(init_lora_weights="pissa")),
+        ["init.adapter = adapter: init_lora_weights is pissa", "Save it with path_initial_model_for_weight_conversion"],
+    ),
     "config damaged": (
         lambda p: [p.adapter(), p.write("adapter/adapter_config.json", "{")][0],
         ["init.adapter = adapter: its adapter_config.json cannot be read", "Copy it again"],
