@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files
 from lora_one_dist.data.rows import DataError, load_rows, place_of
 from lora_one_dist.data.tokenizer import load_tokenizer
@@ -156,12 +157,14 @@ RECIPES = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--source", required=True, help="hub name, folder or file")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--source", type=paths.name_argument, required=True, help="hub name, folder or file")
+    parser.add_argument("--out", type=paths.argument, required=True, help="folder to make; must not exist")
     parser.add_argument("--format", choices=["completion", "chat"], default="completion", help="of the rows written")
     parser.add_argument("--limit", type=command_line.positive, help="write only the first rows of each file")
     parser.add_argument("--seed", type=int, help=f"of the split of commonsense ({COMMONSENSE_SEED})")
-    parser.add_argument("--tokenizer", help=f"folder or hub name, for filters by tokens ({TOKENIZER})")
+    parser.add_argument(
+        "--tokenizer", type=paths.name_argument, help=f"folder or hub name, for filters by tokens ({TOKENIZER})"
+    )
     return parser.parse_args(argv)
 
 
