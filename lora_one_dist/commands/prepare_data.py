@@ -42,6 +42,7 @@ from typing import Any
 from lora_one_dist.commands import command_line
 from lora_one_dist.config import paths
 from lora_one_dist.convert import files
+from lora_one_dist.data.cache import CacheError, writable_cache
 from lora_one_dist.data.rows import DataError, load_rows, place_of
 from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.disk.lazy import ConversionError
@@ -317,9 +318,10 @@ def main(argv: list[str] | None = None) -> int:
         needs = recipe.below_tokens is not None
         tokenizer = load_tokenizer(arguments.tokenizer or TOKENIZER, False) if needs else None
         seed = COMMONSENSE_SEED if seed is None else seed
-        found = prepare(arguments.name, arguments.source, arguments.format, seed, tokenizer)
+        with writable_cache():
+            found = prepare(arguments.name, arguments.source, arguments.format, seed, tokenizer)
         write(found, arguments.out, arguments.limit)
-    except DataError as error:
+    except (DataError, CacheError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{found.read} rows read from {arguments.source}")

@@ -19,6 +19,7 @@ from lora_one_dist.base.skeleton import check_tokenizer, local_folder
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
 from lora_one_dist.data import batches
+from lora_one_dist.data.cache import writable_cache
 from lora_one_dist.data.rows import DataError, load_rows
 from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
@@ -59,11 +60,11 @@ def read(config: Config) -> Inputs:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
             checkpoint.refuse_full_disk(Path(config.output_dir), config, plan.targets)
-    with comm.all_or_none("reading the data"):
+    with comm.all_or_none("reading the data"), writable_cache():
         rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
     with comm.all_or_none("tokenizing the data"):
-        with comm.local_first():
+        with comm.local_first(), writable_cache():
             train = training_data(rows, tokenizer, config.data)
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
@@ -78,13 +79,13 @@ def read(config: Config) -> Inputs:
 
 def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
     """Held-out data, if the config names any or holds any out.  Collective."""
-    with comm.all_or_none("reading the evaluation data"):
+    with comm.all_or_none("reading the evaluation data"), writable_cache():
         found = evaluation_rows(config.data, train_rows)
     if found is None:
         return None
     rows, numbers, source = found
     with comm.all_or_none("tokenizing the evaluation data"):
-        with comm.local_first():
+        with comm.local_first(), writable_cache():
             tokens = tokenize(rows, tokenizer, config.data, source, numbers)
         answered = numbers[: config.train.exact_match_samples].tolist()
         prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)

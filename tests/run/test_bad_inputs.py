@@ -80,8 +80,8 @@ def guard(patch: pytest.MonkeyPatch, readers: list[str]) -> None:
 class Place:
     """A user's folder: a config that runs, next to the files that it names, all to be spoiled."""
 
-    def __init__(self, root: Path, base: Path):
-        self.root, self.base = root, base
+    def __init__(self, root: Path, base: Path, patch: pytest.MonkeyPatch):
+        self.root, self.base, self.patch = root, base, patch
         self.config: dict[str, Any] = {
             "model": {"path": "base", "dtype": "fp32"},
             "data": {"train": "train.jsonl", "max_length": 32},
@@ -138,7 +138,7 @@ def _groups() -> tuple[Any, Any]:
 def place(tmp_path, model_folder, monkeypatch):
     folder = model_folder("llama").resolve()
     monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, folder)
+    return Place(tmp_path, folder, monkeypatch)
 
 
 def attempt(patch: pytest.MonkeyPatch, overrides: list[str], launch: dict[str, str] | None, capture: Any) -> str:
@@ -280,6 +280,11 @@ CONFIG = {
         ["init.adapter = gone", "no adapter_config.json", "Give a PEFT folder"],
     ),
     "NUL in a path": (['model.path="a\\0b"'], ["model.path = a", "neither a folder nor a hub name"]),
+    "a shell's variable in a path": (
+        ["output_dir=$SCRATCH/run"],
+        ["output_dir = '$SCRATCH/run': holds $SCRATCH, and only a shell knows such variables", "Write its value out"],
+    ),
+    "a home that is taken for one": (["data.train=~/gone.jsonl"], [f"data.train = {Path.home()}/gone.jsonl: no such"]),
     "path too long": ([f"model.path={'x' * 5000}"], ["model.path = xxx", "neither a folder nor a hub name"]),
 }
 
@@ -421,6 +426,10 @@ DATA = {
     "answer without the pattern": (
         ["data.eval=train.jsonl", "train.exact_match_samples=2", "train.exact_match_pattern=is (.*)"],
         ["train.exact_match_pattern = 'is (.*)'", "train.jsonl, line 1", "Correct the pattern"],
+    ),
+    "a cache that cannot be written to": (
+        lambda p: p.patch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope"),
+        ["HF_DATASETS_CACHE = /proc/nope: cannot be written to on", "No such file", "Make room or set its permissions"],
     ),
     "unknown data set": (
         ["data.train=nobody/nothing"],
