@@ -709,6 +709,13 @@ LAUNCH = {
         {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"},
         ["SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_ID missing", "Start with srun"],
     ),
+    "a shell of SLURM": (
+        {
+            **{"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+            **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"},
+        },
+        ["SLURM_STEP_NUM_TASKS = 1, SLURM_NTASKS = 4", "an interactive shell", "Start all of them by srun --ntasks 4"],
+    ),
     "unknown accelerator": ({"DS_ACCELERATOR": "gpu"}, ["DS_ACCELERATOR = 'gpu': must be cuda or cpu", "Unset it"]),
     "accelerator that is not there": (
         {"DS_ACCELERATOR": "cuda"},
