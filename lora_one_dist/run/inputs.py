@@ -15,11 +15,13 @@ from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
+from lora_one_dist.base.rope import refuse_beyond
 from lora_one_dist.base.skeleton import check_tokenizer, local_folder
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
 from lora_one_dist.data import batches
 from lora_one_dist.data.cache import writable_cache
+from lora_one_dist.data.packing import PackedData
 from lora_one_dist.data.rows import DataError, load_rows
 from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
@@ -66,9 +68,10 @@ def read(config: Config) -> Inputs:
     with comm.all_or_none("tokenizing the data"):
         with comm.local_first(), writable_cache():
             train = training_data(rows, tokenizer, config.data)
+        _refuse_long_samples(config, plan, train, "training")
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
-    held = _read_held(config, tokenizer, rows)
+    held = _read_held(config, plan, tokenizer, rows)
     given = None
     if config.init.adapter is not None:
         with comm.all_or_none("reading the adapter"):
@@ -77,7 +80,7 @@ def read(config: Config) -> Inputs:
     return Inputs(plan, tokenizer, train, held, given, own)
 
 
-def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
+def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
     """Held-out data, if the config names any or holds any out.  Collective."""
     with comm.all_or_none("reading the evaluation data"), writable_cache():
         found = evaluation_rows(config.data, train_rows)
@@ -88,7 +91,9 @@ def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held
         with comm.local_first(), writable_cache():
             tokens = tokenize(rows, tokenizer, config.data, source, numbers)
         answered = numbers[: config.train.exact_match_samples].tolist()
+        _refuse_long_samples(config, plan, tokens, "evaluation")
         prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)
+        _refuse_long_answers(config, plan, prompts)
         evaluate.refuse_unmatched(config.train.exact_match_pattern, prompts, answered, source)
     return evaluate.Held(tokens, prompts, tokenizer)
 
@@ -119,6 +124,20 @@ def _refuse_too_few(config: Config, available: int) -> None:
         if count > available:
             what = "packed rows" if config.data.packing else "samples"
             raise DataError(f"{key} = {count}: the training data has {available} {what}. Lower it or add data.")
+
+
+def _refuse_long_samples(config: Config, plan: loading.Plan, tokens: TokenData, purpose: str) -> None:
+    documents = tokens.unpacked if isinstance(tokens, PackedData) else tokens
+    value = f"data.max_length = {config.data.max_length}: the longest {purpose} sample"
+    refuse_beyond(plan.skeleton, int(documents.lengths.max()), value, "Set data.max_length to {} or less.")
+
+
+def _refuse_long_answers(config: Config, plan: loading.Plan, prompts: list[tuple[list[int], str]]) -> None:
+    new = config.train.exact_match_max_new_tokens
+    if prompts:
+        value = f"train.exact_match_max_new_tokens = {new}: with its answer the longest prompt"
+        remedy = "Lower it, or data.max_length, so that both together are {} or less."
+        refuse_beyond(plan.skeleton, max(len(ids) for ids, _ in prompts) + new, value, remedy)
 
 
 def _refuse_long_warmup(config: Config, num_samples: int) -> None:

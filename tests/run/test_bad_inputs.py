@@ -654,6 +654,43 @@ MODEL = {
     "not on the hub": (["model.path=nobody/nothing"], ["model.path = nobody/nothing", "hub", "or give a folder"]),
 }
 
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ABOVE = "above its original length of 6 LlamaForCausalLM turns the positions of a whole micro-batch by its longest"
+
+
+def short_rope(*overrides: str) -> Callable[[Place], list[str]]:
+    """A model whose positions turn above 6 tokens, and rows of 5 to 13 of them."""
+    return lambda p: [p.copy(rope_parameters=ROPE, max_position_embeddings=6), *overrides][1:]
+
+
+MODEL |= {
+    "a sample above the rotary length": (
+        short_rope(),
+        ["data.max_length = 32: the longest training sample has 14 tokens", ABOVE, "Set data.max_length to 6 or less"],
+    ),
+    "a packed one": (
+        short_rope("data.packing=true", "init.num_samples=2"),
+        ["the longest training sample has 14", ABOVE],
+    ),
+    "an evaluation sample above the rotary length": (
+        lambda p: [
+            p.rows("train.jsonl", [{"prompt": "w3", "completion": " w4"}] * 9),
+            p.rows("eval.jsonl", models.rows(9)),
+            *short_rope("data.eval=eval.jsonl")(p),
+        ][2:],
+        ["the longest evaluation sample has", ABOVE, "Set data.max_length to 6 or less"],
+    ),
+    "answers above the rotary length": (
+        lambda p: [
+            p.rows("train.jsonl", [{"prompt": "w3", "completion": " w4"}] * 9),
+            *short_rope("data.eval=train.jsonl", "train.exact_match_samples=2", "train.exact_match_max_new_tokens=5")(
+                p
+            ),
+        ][1:],
+        ["train.exact_match_max_new_tokens = 5: with its answer the longest prompt has 7", ABOVE, "Lower it"],
+    ),
+}
+
 ADAPTER = {
     "another r": (lambda p: p.adapter(lambda c, t: c.update(r=8)), ["r is 8, the run's is 4", "Set lora.* to what"]),
     "another scale": (
