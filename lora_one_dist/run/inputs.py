@@ -28,7 +28,7 @@ from lora_one_dist.data.split import evaluation_rows, training_data
 from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.initialise import pairs
 from lora_one_dist.run import checkpoint
-from lora_one_dist.run.identity import identity
+from lora_one_dist.run.identity import identity, refuse_unlike_hosts
 from lora_one_dist.train import evaluate
 
 
@@ -99,14 +99,17 @@ def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: A
 
 
 def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:
-    """By rank 0, which has all of it under its eyes as the others have."""
+    """From what rank 0 has under its eyes; the first rank of every host sees that its host has the same."""
     own = None
     with comm.all_or_none("taking fingerprints of base and data"):
-        if comm.rank() == 0:
+        if comm.is_local_first():
             evaluation = held_out.fingerprint() if held_out is not None else None
-            base = fingerprint(plan.folder)
-            own = identity(config, plan.targets, base, train.fingerprint(), evaluation)
-    return comm.all_gather_object(own)[0]
+            own = {"base": fingerprint(plan.folder), "train": train.fingerprint(), "evaluation": evaluation}
+    found = comm.all_gather_object(own)
+    hosts = {host: held for host, held in zip(comm.here().host_of, found, strict=True) if held is not None}
+    with comm.all_or_none("comparing what the hosts have read"):
+        refuse_unlike_hosts(hosts)
+    return identity(config, plan.targets, **found[0])
 
 
 def total_steps(train: TrainConfig, num_samples: int) -> int:
