@@ -121,8 +121,8 @@ class DataConfig(_Group):
     ] = "completion"
     """completion: loss on completions and assistant turns only; all: on every token. Format text is always all."""
     max_length: int = Field(1024, ge=2)
-    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported. Where a model's rotary
-    positions follow a batch's longest sample (LongRoPE, dynamic): at most its original length, if samples are so long."""
+    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported. For a model whose rotary
+    positions follow a batch's longest sample (LongRoPE, dynamic) no sample may be longer than its original length."""
     packing: bool = False
     """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
     sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.

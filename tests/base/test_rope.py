@@ -113,6 +113,20 @@ def test_above_the_original_length_it_would_depend_and_is_refused(kind):
         refuse_beyond(net, ORIGINAL + 1, "x", "To {}.")
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_answer_up_to_the_original_length_is_the_one_given_alone(kind):
+    """As evaluation asks: prompts padded on the left."""
+    net, prompts, new = MODELS[kind](), [sample["input_ids"] for sample in samples(3, 8)], 4
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    assert width + new == ORIGINAL
+    given = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": 63}
+    together = net.generate(input_ids=ids, attention_mask=mask, **given)[:, width:].tolist()
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert net.generate(input_ids=torch.tensor([prompt]), **given)[0, len(prompt) :].tolist() == answer
+
+
 def test_the_original_length_is_the_configs():
     assert original_length(phi3().config) == (ORIGINAL, "longrope")
     assert original_length(dynamic_llama().config) == (ORIGINAL, "dynamic")
