@@ -6,6 +6,7 @@ When a host is lost, every rank ends within half a minute, but srun waits for th
 minutes by default) and mpirun for hours.  This passes standard error through and, once a rank has told the job's
 failure, gives the launcher GRACE_SECONDS to end.  Signals to this process alone are passed on.  Exits as the launcher
 does, but never 0 after a failure, and 75 if the ranks have stopped as asked, whatever the launcher makes of that.
+Starts no launcher whose hostfile is not there or has a byte-order mark.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from a plain checkout too
+
+from lora_one_dist.cluster.hostfile import refuse_bad_given
+from lora_one_dist.cluster.launchers import LaunchError
 
 GRACE_SECONDS = 15.0
 FAILURE = re.compile(rb"(^|: )rank \d+ on \S+ failed")  # as comm.fail writes it; launchers put the host's name in front
@@ -28,6 +35,11 @@ EXIT_STOPPED = 75  # as launch/train.py exits
 
 
 def main(command: list[str]) -> int:
+    try:
+        refuse_bad_given(command, Path.cwd())
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the launcher itself
     for number in (signal.SIGTERM, signal.SIGUSR1):

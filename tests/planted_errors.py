@@ -586,6 +586,39 @@ ERRORS = [
         "adapters/test_folder.py",
         "cannot_be_trained_on and init_lora_weights",
     ),
+    Planted(
+        "padding that counts on, as one long document",
+        "data/batches.py",
+        (("padding = torch.arange(width) % longest\n", "padding = torch.arange(width)\n"),),
+        "base/test_rope.py",
+        "share_of_any",
+    ),
+    Planted(
+        "a sample above the original rotary length let through",
+        "base/rope.py",
+        (("tokens > limit[0]:", "tokens > 2 * limit[0]:"),),
+        "base/test_rope.py",
+        "above_the_original",
+    ),
+    Planted(
+        "only rank 0's data looked at",
+        "run/inputs.py",
+        (("refuse_unlike_hosts(hosts)", "refuse_unlike_hosts({})"),),
+        "run/test_story.py",
+        "do_not_share",
+    ),
+    Planted(
+        "the allocation's tasks taken for the step's",
+        "cluster/launchers.py",
+        (
+            (
+                'tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"',
+                'tasks = "SLURM_NTASKS"',
+            ),
+        ),
+        "cluster/test_launchers.py",
+        "steps_tasks",
+    ),
 ]
 
 

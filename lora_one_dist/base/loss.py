@@ -29,7 +29,7 @@ def loss_sum(
     the same however the batch is split into micro-batches and ranks.
 
     The model gets no attention mask: rows are padded on the right and attention is causal, so that no target sees a
-    pad.  A batch with position_ids holds packed rows, whose documents transformers keeps apart (the padding is one of
+    pad.  A batch with position_ids holds packed rows, whose documents transformers keeps apart (the padding is some of
     its own), its flash attention only within a batch of one row.
 
     Args:

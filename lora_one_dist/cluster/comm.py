@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # public only as an argument at creation
 
 from lora_one_dist.cluster import device as device_module
+from lora_one_dist.cluster import hostfile
 from lora_one_dist.cluster.launchers import Launch, LaunchError, address_towards, interface_of, resolve_launch
 from lora_one_dist.cluster.meeting import Topology, meet, topology
 from lora_one_dist.cluster.watch import Watch
@@ -60,11 +61,14 @@ def init(settings: CommConfig | None = None, launch: Launch | None = None) -> La
     Sets the five launch variables for the libraries.
 
     Raises:
-        LaunchError: if the launch environment is half set, or not all ranks arrive in time.
+        LaunchError: if the launch environment is half set, deepspeed's hostfile is bad, or not all ranks arrive in
+            time.
     """
     global _state
     settings = settings or CommConfig()
     launch = launch or resolve_launch(os.environ)
+    if launch.source == "deepspeed":
+        hostfile.refuse_bad_above()
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,9 +68,11 @@ def resolve_launch(env: Mapping[str, str]) -> Launch:
                 values["MASTER_PORT"],
             )
         )
+    if "OMPI_COMM_WORLD_SIZE" in env:  # also inside a step of SLURM, whose variables the ranks inherit
+        return _checked(_launch_from_mpi(env))
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _checked(_launch_from_slurm(env))
-    if "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:
+    if "PMI_SIZE" in env:  # after SLURM's: srun may set it too
         return _checked(_launch_from_mpi(env))
     return Launch("single process", 0, 1, 0, "127.0.0.1", _free_port())
 
@@ -94,9 +99,12 @@ def _checked(launch: Launch) -> Launch:
 
 
 def _launch_from_slurm(env: Mapping[str, str]) -> Launch:
-    missing = [name for name in ("SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    missing = [name for name in (tasks, "SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
     if missing:
         raise LaunchError(f"SLURM_PROCID set but {', '.join(missing)} missing. Start with srun inside sbatch.")
+    size = _integer(env, tasks)
+    _refuse_interactive(env, size)
     address = env.get("MASTER_ADDR")
     if address is None:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
@@ -110,8 +118,29 @@ def _launch_from_slurm(env: Mapping[str, str]) -> Launch:
     # Two jobs may share a node: the port follows the job.
     port = SLURM_PORT_BASE + _integer(env, "SLURM_JOB_ID") % SLURM_PORT_RANGE
     port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port
-    rank, size, local = (_integer(env, name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    return Launch("srun", rank, size, local, address, port)
+    return Launch("srun", _integer(env, "SLURM_PROCID"), size, _integer(env, "SLURM_LOCALID"), address, port)
+
+
+def _refuse_interactive(env: Mapping[str, str], step_tasks: int) -> None:
+    """Raise LaunchError in a shell of SLURM that is one task among several: nothing has started the others.
+
+    The shell of ``salloc`` (an interactive step) is a step of one task that keeps the allocation's SLURM_NTASKS; that
+    of ``srun --ntasks 4 --pty bash`` is the first of 4 tasks, the other shells have ended for want of input.
+    """
+    tasks = _integer(env, "SLURM_NTASKS") if "SLURM_NTASKS" in env else step_tasks
+    by_salloc = step_tasks == 1 < tasks
+    if by_salloc or (step_tasks > 1 and "SLURM_PTY_PORT" in env and _typed_into_a_shell()):
+        overlap = "" if by_salloc else "--overlap "
+        raise LaunchError(
+            f"SLURM_STEP_NUM_TASKS = {step_tasks}, SLURM_NTASKS = {tasks}: this is an interactive shell of SLURM, in "
+            f"which nobody has started the other ranks. Start all of them by srun --ntasks {tasks} {overlap}"
+            f"--kill-on-bad-exit=1 {shlex.join(sys.orig_argv)}; or this process alone, with --ntasks 1."
+        )
+
+
+def _typed_into_a_shell() -> bool:
+    """Was this process started at a prompt?  Shells give what is typed a process group of its own; SLURM does not."""
+    return os.isatty(0) and os.getpgrp() != os.getsid(0)
 
 
 def _launch_from_mpi(env: Mapping[str, str]) -> Launch:

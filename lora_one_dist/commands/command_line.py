@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor
 from lora_one_dist.disk.weights import WeightsError
@@ -24,7 +25,7 @@ def parser(docstring: str | None) -> argparse.ArgumentParser:
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     """``--out`` and ``--dry_run``."""
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--out", type=paths.argument, required=True, help="folder to make; must not exist")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and check the disk, write nothing")
 
 

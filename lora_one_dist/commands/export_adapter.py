@@ -16,15 +16,17 @@ default; with r 16 start vLLM with --max-lora-rank 32, or export with --rank 16.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import export, files
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("source", type=Path, help="run folder, checkpoint (checkpoints/step-N) or PEFT folder")
+    parser.add_argument(
+        "source", type=paths.argument, help="run folder, checkpoint (checkpoints/step-N) or PEFT folder"
+    )
     command_line.add_out(parser)
     parser.add_argument("--step", type=int, help="checkpoint of the run folder (the newest)")
     parser.add_argument("--rank", type=command_line.positive, help="truncate to this rank (keep it)")

@@ -14,15 +14,15 @@ llama_megatron/hf).
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files, megatron_model
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("model", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("model", type=paths.argument, help="folder with config.json and safetensors")
     command_line.add_out(parser)
     parser.add_argument(
         "--tp", type=command_line.positive, default=1, help="tensor-parallel size that will load it (1)"

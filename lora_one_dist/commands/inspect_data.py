@@ -24,6 +24,7 @@ from lora_one_dist.commands import command_line
 from lora_one_dist.config.reading import ConfigError, load_config
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches, packing
+from lora_one_dist.data.cache import CacheError, writable_cache
 from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.rows import load_rows, place_of
 from lora_one_dist.data.samples import TokenData, tokenize
@@ -147,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides, command_line.tell)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        tokens, source = read(config, tokenizer, arguments.eval)
-    except (ConfigError, DataError) as error:
+        with writable_cache():
+            tokens, source = read(config, tokenizer, arguments.eval)
+    except (ConfigError, DataError, CacheError) as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_CONFIG if isinstance(error, ConfigError) else 1
     first = range(len(tokens)) if arguments.eval else batches.epoch_order(len(tokens), config.train.seed, 0).tolist()

@@ -10,17 +10,19 @@ tokenizer come from --hf, or from the checkpoint's own hf folder, where tools/hf
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files, megatron_model
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or of one of its iterations")
+    parser.add_argument("checkpoint", type=paths.argument, help="folder of the checkpoint, or of one of its iterations")
     command_line.add_out(parser)
-    parser.add_argument("--hf", type=Path, help="folder with the model's config.json and tokenizer (CHECKPOINT/hf)")
+    parser.add_argument(
+        "--hf", type=paths.argument, help="folder with the model's config.json and tokenizer (CHECKPOINT/hf)"
+    )
     return parser.parse_args(argv)
 
 

@@ -11,17 +11,17 @@ puts it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files, megatron_lora
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or of one of its iterations")
+    parser.add_argument("checkpoint", type=paths.argument, help="folder of the checkpoint, or of one of its iterations")
     command_line.add_out(parser)
-    parser.add_argument("--hf", type=Path, help="folder with the base's config.json (CHECKPOINT/hf)")
+    parser.add_argument("--hf", type=paths.argument, help="folder with the base's config.json (CHECKPOINT/hf)")
     return parser.parse_args(argv)
 
 

@@ -15,16 +15,18 @@ it is stored. The folder appears when it is whole, and never replaces another.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files, merge
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("base", type=Path, help="folder of the base model, safetensors")
-    parser.add_argument("adapter", type=Path, help="PEFT folder: adapter_config.json, adapter_model.safetensors")
+    parser.add_argument("base", type=paths.argument, help="folder of the base model, safetensors")
+    parser.add_argument(
+        "adapter", type=paths.argument, help="PEFT folder: adapter_config.json, adapter_model.safetensors"
+    )
     command_line.add_out(parser)
     parser.add_argument("--device", default="cpu", help="where the sums are taken: cpu (default), cuda, cuda:1")
     parser.add_argument(

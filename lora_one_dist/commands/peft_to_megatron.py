@@ -13,16 +13,16 @@ A run of this project: export it first, with tools/export_adapter.py. The base: 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files, megatron_lora
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("adapter", type=Path, help="PEFT folder")
-    parser.add_argument("--base", type=Path, required=True, help="folder with the config.json of its model")
+    parser.add_argument("adapter", type=paths.argument, help="PEFT folder")
+    parser.add_argument("--base", type=paths.argument, required=True, help="folder with the config.json of its model")
     command_line.add_out(parser)
     parser.add_argument(
         "--tp", type=command_line.positive, default=1, help="tensor-parallel size that will load it (1)"

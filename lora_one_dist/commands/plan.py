@@ -26,6 +26,7 @@ import yaml
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.targets import find_targets
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.config.reading import ConfigError, load_config, parse_config
 from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise import pairs
@@ -48,8 +49,10 @@ GPUS = (40, 80, 141)
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("--model", help="folder, config.json or hub name (the config's model.path)")
-    parser.add_argument("--config", type=Path, help="YAML of the run (defaults, bf16)")
+    parser.add_argument(
+        "--model", type=paths.name_argument, help="folder, config.json or hub name (the config's model.path)"
+    )
+    parser.add_argument("--config", type=paths.argument, help="YAML of the run (defaults, bf16)")
     parser.add_argument("--hosts", type=command_line.positive, default=1)
     parser.add_argument("--ranks_per_host", type=command_line.positive, default=8)
     parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes (80)")

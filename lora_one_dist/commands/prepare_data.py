@@ -40,7 +40,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import files
+from lora_one_dist.data.cache import CacheError, writable_cache
 from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.rows import Rows, load_rows, place_of
 from lora_one_dist.data.tokenizer import load_tokenizer
@@ -157,12 +159,14 @@ RECIPES = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--source", required=True, help="hub name, folder or file")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--source", type=paths.name_argument, required=True, help="hub name, folder or file")
+    parser.add_argument("--out", type=paths.argument, required=True, help="folder to make; must not exist")
     parser.add_argument("--format", choices=["completion", "chat"], default="completion", help="of the rows written")
     parser.add_argument("--limit", type=command_line.positive, help="write only the first rows of each file")
     parser.add_argument("--seed", type=int, help=f"of the split of commonsense ({COMMONSENSE_SEED})")
-    parser.add_argument("--tokenizer", help=f"folder or hub name, for filters by tokens ({TOKENIZER})")
+    parser.add_argument(
+        "--tokenizer", type=paths.name_argument, help=f"folder or hub name, for filters by tokens ({TOKENIZER})"
+    )
     return parser.parse_args(argv)
 
 
@@ -318,9 +322,10 @@ def main(argv: list[str] | None = None) -> int:
         needs = recipe.below_tokens is not None
         tokenizer = load_tokenizer(arguments.tokenizer or TOKENIZER, False) if needs else None
         seed = COMMONSENSE_SEED if seed is None else seed
-        found = prepare(arguments.name, arguments.source, arguments.format, seed, tokenizer)
+        with writable_cache():
+            found = prepare(arguments.name, arguments.source, arguments.format, seed, tokenizer)
         write(found, arguments.out, arguments.limit)
-    except DataError as error:
+    except (DataError, CacheError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{found.read} rows read from {arguments.source}")

@@ -37,6 +37,7 @@ from typing import Any
 import yaml
 
 from lora_one_dist.commands import sweep_report
+from lora_one_dist.config import paths
 from lora_one_dist.config.reading import ConfigError, load_config
 from lora_one_dist.config.settings import Config
 
@@ -304,9 +305,9 @@ def _last_lines(log: Path) -> list[str]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML that all runs start from")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--points", type=Path, help="YAML list of settings, each combined with the grid")
+    parser.add_argument("--config", type=paths.argument, required=True, help="YAML that all runs start from")
+    parser.add_argument("--out", type=paths.argument, required=True, help="folder of the sweep")
+    parser.add_argument("--points", type=paths.argument, help="YAML list of settings, each combined with the grid")
     parser.add_argument("--at_once", type=int, default=1, help="runs at one time, without GPUs (1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
     parser.add_argument("--metric", default="eval_loss", choices=["eval_loss", "exact_match"], help="to choose by")

@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import compare, export
 
 DIFFERENT = 2  # exit code
@@ -25,18 +26,20 @@ DIFFERENT = 2  # exit code
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
+    parser.add_argument("first", type=paths.argument)
+    parser.add_argument("second", type=paths.argument)
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference (0: bit for bit)")
-    parser.add_argument("--base", type=Path, help="model below two adapters, for logits")
+    parser.add_argument("--base", type=paths.argument, help="model below two adapters, for logits")
     parser.add_argument(
         "--prompt", action="append", default=[], help="compare the logits of this text; may be repeated"
     )
-    parser.add_argument("--prompts", type=Path, help="file with a prompt on each line")
+    parser.add_argument("--prompts", type=paths.argument, help="file with a prompt on each line")
     parser.add_argument("--dtype", choices=sorted(export.DTYPES), default="fp32", help="to compute logits in (fp32)")
-    parser.add_argument("--adapter_config", type=Path, help="of a ZeRO checkpoint that has none")
+    parser.add_argument("--adapter_config", type=paths.argument, help="of a ZeRO checkpoint that has none")
     parser.add_argument("--lora_alpha", type=float, help="of a ZeRO checkpoint without adapter_config.json")
-    parser.add_argument("--hf", type=Path, help="config.json's folder of a Megatron checkpoint that has no hf/")
+    parser.add_argument(
+        "--hf", type=paths.argument, help="config.json's folder of a Megatron checkpoint that has no hf/"
+    )
     return parser.parse_args(argv)
 
 

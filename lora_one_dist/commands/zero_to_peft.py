@@ -13,19 +13,21 @@ copied. For a run of this project: tools/export_adapter.py.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lora_one_dist.commands import command_line
+from lora_one_dist.config import paths
 from lora_one_dist.convert import export, files, zero
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder with the file latest, or with the *_optim_states.pt")
+    parser.add_argument(
+        "checkpoint", type=paths.argument, help="folder with the file latest, or with the *_optim_states.pt"
+    )
     command_line.add_out(parser)
     parser.add_argument("--tag", help="folder inside the checkpoint (what latest says)")
     parser.add_argument("--adapter_name", help="which of several adapters (the only one)")
-    parser.add_argument("--adapter_config", type=Path, help="PEFT's adapter_config.json")
+    parser.add_argument("--adapter_config", type=paths.argument, help="PEFT's adapter_config.json")
     parser.add_argument("--lora_alpha", type=float, help="of the training, where the configuration must be inferred")
     parser.add_argument("--dtype", choices=sorted(export.DTYPES), help="type to write (what the model held)")
     return parser.parse_args(argv)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_one_dist.config.checks import cross_checks
 from lora_one_dist.config.effect import idle, rivals, shown, value_of
+from lora_one_dist.config.paths import PathError, expanded
 from lora_one_dist.config.settings import Config
 
 RENAMED = {  # settings of before, and what to write instead
@@ -54,7 +55,9 @@ def load_config(
     Args, Raises: as :func:`parse_config`.
     """
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        raw = yaml.load(Path(expanded(str(path))).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except PathError as error:
+        raise ConfigError([f"--config {path}: {error}"]) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {path}: cannot be read as YAML: {error}. Give a YAML file."]) from error
     if not isinstance(raw, dict):
@@ -199,6 +202,8 @@ def _describe(error: Any) -> str:
         return f"{key} = {error['input']!r}: no such setting. {remedy}"
     if error["type"] == "missing" and len(error["loc"]) == len(path):  # else an item of a pair
         return f"{key}: is required. {help_text or _give(path)}"
+    if error["type"] == "path":  # holds its remedy
+        return f"{key} = {error['input']!r}: {error['msg']}"
     return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. {help_text or _give(path)}"
 
 

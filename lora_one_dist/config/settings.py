@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
+from lora_one_dist.config.paths import PathError, expanded
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
@@ -37,6 +39,16 @@ def _stage_of(path: str) -> int | None:
         return None
 
 
+def _expanded(given: str | list[str] | None) -> str | list[str] | None:
+    try:
+        if isinstance(given, list):
+            return [expanded(path) for path in given]
+        return None if given is None else expanded(given)
+    except PathError as error:
+        raise PydanticCustomError("path", "{fault}", {"fault": str(error)}) from error
+
+
+AsPath = AfterValidator(_expanded)  # of a setting that is a path, several, or another name
 _NO_DATA_SET = "has no data set to apply to. Leave it out."
 _EVALUATES = ("data.eval", "data.eval_fraction")
 _FROM_A_METHOD = only_with("init.adapter", None, otherwise="has no effect with init.adapter. Leave one of them out.")
@@ -55,7 +67,7 @@ class _Group(BaseModel):
 class ModelConfig(_Group):
     """The pre-trained causal language model; its weights stay frozen."""
 
-    path: str
+    path: Annotated[str, AsPath]
     """Folder of an `AutoModelForCausalLM` (config.json, *.safetensors, tokenizer), or a hub name such as org/model."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the base weights and of the adapters' working copies; masters and moments are always fp32."""
@@ -82,9 +94,9 @@ class ModelConfig(_Group):
 class DataConfig(_Group):
     """What the model sees. Files (JSONL, Parquet, CSV) or the name of a `datasets` data set."""
 
-    train: str | list[str]
+    train: Annotated[str | list[str], AsPath]
     """File, list of files, or data set name for training."""
-    eval: str | list[str] | None = None
+    eval: Annotated[str | list[str] | None, AsPath] = None
     """File, list of files, or data set name for evaluation; none: no evaluation, or eval_fraction."""
     eval_fraction: Annotated[float | None, InsteadOf("data.eval")] = Field(None, gt=0, lt=1)
     """Hold out this share of the training rows for evaluation instead, in (0, 1); at least one row on each side. The
@@ -121,7 +133,8 @@ class DataConfig(_Group):
     """completion: loss on completions and assistant turns only; last (format chat): on the turns after the last user
     turn, for templates that leave out earlier thoughts; all: on every token. Format text is always all."""
     max_length: int = Field(1024, ge=2)
-    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported."""
+    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported. For a model whose rotary
+    positions follow a batch's longest sample (LongRoPE, dynamic) no sample may be longer than its original length."""
     packing: bool = False
     """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
     sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.
@@ -164,7 +177,7 @@ class InitConfig(_Group):
     method: Annotated[Literal["lora_one", "lora_one_v1", "lora_ga", "pissa", "lora"], _FROM_A_METHOD] = "lora_one"
     """lora_one: arXiv 2502.01235v3; lora_one_v1: its first form; lora_ga: arXiv 2407.05000; pissa: arXiv 2404.02948;
     lora: Kaiming A, zero B."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, AsPath] = None
     """PEFT folder to start from instead of a method."""
     num_samples: Annotated[int, _FROM_A_METHOD, _BY_GRADIENT] = Field(8, ge=1)
     """Training samples in the one-step gradient, at least 1; the authors take 8."""
@@ -276,7 +289,7 @@ class TrainConfig(_Group):
 class DeepSpeedConfig(_Group):
     """Where the base weights live."""
 
-    config: str = "ds_configs/zero3.json"
+    config: Annotated[str, AsPath] = "ds_configs/zero3.json"
     """DeepSpeed JSON with the memory policy only: ZeRO stage 0 (replicated) or 3 (partitioned), offload, buckets."""
     shard_group: Annotated[
         Literal["world", "node"],
@@ -356,10 +369,10 @@ class Config(_Group):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     comm: CommConfig = CommConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    resume: str = "auto"
+    resume: Annotated[str, AsPath] = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: refuse a folder that holds a
     run; or a checkpoint's folder (.../checkpoints/step-N) to start from while output_dir has none of its own."""
-    output_dir: str
+    output_dir: Annotated[str, AsPath]
     """Folder of the run, on a file system that all hosts share: created, gone on with, or refused if it holds anything
     else."""
 

@@ -49,7 +49,8 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right.
 
-    Of packed rows (with ``lengths``) also position_ids, from 0 in each document; the padding is a document of its own.
+    Of packed rows (with ``lengths``) also position_ids, from 0 in each document; the padding is documents of its own,
+    none longer than the batch's longest: some models' rotary frequencies follow the largest position.
     weightless: two tokens of the first sample without a label, for a rank that only has to join the collectives.
     """
     ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
@@ -61,6 +62,8 @@ def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool =
     if "lengths" in samples[0]:
         width = batch["input_ids"].shape[1]
         documents = [[width]] if weightless else [sample["lengths"] for sample in samples]
-        positions = [[torch.arange(n) for n in (*lengths, width - sum(lengths))] for lengths in documents]
+        longest = max(max(lengths) for lengths in documents)
+        padding = torch.arange(width) % longest
+        positions = [[*map(torch.arange, lengths), padding[: width - sum(lengths)]] for lengths in documents]
         batch["position_ids"] = torch.stack([torch.cat(row) for row in positions])
     return batch

@@ -97,7 +97,7 @@ def _check_keys(message: Mapping[str, Any], where: str, template: Template) -> N
     """Something must be said, and no key with a text be one that the template never reads."""
     said = [key for key in message if key not in LABELS]
     if not said:
-        raise DataError(f"{where} says nothing: it must have content or tool_calls. Mend the row")
+        raise DataError(f"{where} says nothing: must be a list of {{role, content}}, or of calls. Mend the row")
     for key in said:
         if key != "content" and not any(map(template.reads, REASONING if key in REASONING else [key])):
             rule = f"{where} has {key!r}, which the chat template never reads"

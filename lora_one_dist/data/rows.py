@@ -111,7 +111,8 @@ def json_row(text: bytes, number: int) -> dict[str, Any]:
         problem = getattr(error, "msg", None) or str(error)
         raise RowError(number, f"{problem}: cannot be read as json. Mend or remove it.") from None
     if not isinstance(row, dict):
-        raise RowError(number, f"must be an object, is a {type(row).__name__}. Mend or remove it.")
+        kind = "null" if row is None else f"a {type(row).__name__}"
+        raise RowError(number, f"must be an object, is {kind}. Mend or remove it.")
     return row
 
 

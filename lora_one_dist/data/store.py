@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_one_dist.data.encode import Encoder
-from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.rows import Rows
 
 if TYPE_CHECKING:
@@ -40,11 +39,11 @@ _encoder: Encoder | None = None  # of a worker process
 def cached(rows: Rows, encoder: Encoder, workers: int, say: Callable[[str], None] | None) -> Path:
     """The file of the tokenised rows, made if it is not there.
 
-    Raises DataError: the cache cannot be written; RowError: of the first row that does not fit.
+    Raises RowError: of the first row that does not fit; OSError (:mod:`cache`).
     """
     import datasets
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "lora_one_dist"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lora_one_dist"
     path = folder / f"{key(rows, encoder)}.arrow"
     if path.is_file():
         return path
@@ -54,9 +53,6 @@ def cached(rows: Rows, encoder: Encoder, workers: int, say: Callable[[str], None
         with partial.open("wb") as file:
             _write(_tables(rows, encoder, workers), len(rows), file, say)
         partial.replace(path)
-    except OSError as error:
-        remedy = "Set HF_DATASETS_CACHE to a folder with room that can be written"
-        raise DataError(f"{folder}: the cache of tokenised data cannot be written ({error}). {remedy}.") from error
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -9,6 +9,17 @@ from typing import Any
 from lora_one_dist.base.targets import Target
 from lora_one_dist.config.settings import Config
 
+SAME_DATA = (
+    "Give each the same files and the same tokenizer, by copies or a file system that all share; tools/doctor.py "
+    "compares packages and code"
+)
+HOSTS_NAMED = 3  # in an error, of those that have the same
+
+
+class HostsError(ValueError):
+    """Hosts of one job that have not the same base or data under the same names."""
+
+
 # Settings that a run keeps: to change one is to start another run. Those not listed may change, and the change is
 # logged. What `data` and `model.path` mean is compared by content, `lora.target_modules` by the layers it names.
 KEPT = (
@@ -78,6 +89,34 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     if before["eval_data"] != now["eval_data"]:
         changed.append("the evaluation data is another one: the best checkpoint so far is forgotten")
     return refused, changed
+
+
+def refuse_unlike_hosts(hosts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise HostsError where hosts differ in ``base``, ``train`` or ``evaluation``: who has what.  Pure.
+
+    Args:
+        hosts: by name, the fingerprint of each of the three, as :func:`identity` takes them.
+    """
+    for key, what, remedy in (
+        ("base", "model.path", "Copy the model from one host to the others"),
+        ("train", "data.train", SAME_DATA),
+        ("evaluation", "data.eval", SAME_DATA),
+    ):
+        alike: dict[str, list[str]] = {}  # hosts by what they have
+        for host, held in hosts.items():
+            alike.setdefault(json.dumps(held[key]), []).append(host)
+        if len(alike) > 1:
+            groups = [f"{_named(names)}: {_shown(hosts[names[0]][key])}" for names in alike.values()]
+            raise HostsError(f"{what}: must be the same on every host, is {'; '.join(groups)}. {remedy}.")
+
+
+def _shown(fingerprint: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{part} {value!s:.12}" for part, value in (fingerprint or {}).items()) or "none"
+
+
+def _named(hosts: Sequence[str]) -> str:
+    more = len(hosts) - HOSTS_NAMED
+    return ", ".join(hosts[:HOSTS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

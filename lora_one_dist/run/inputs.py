@@ -16,11 +16,14 @@ from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
+from lora_one_dist.base.rope import refuse_beyond
 from lora_one_dist.base.skeleton import check_tokenizer, local_folder
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
 from lora_one_dist.data import batches
+from lora_one_dist.data.cache import writable_cache
 from lora_one_dist.data.errors import DataError
+from lora_one_dist.data.packing import PackedData
 from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
@@ -28,7 +31,7 @@ from lora_one_dist.data.tokenizer import load_tokenizer
 from lora_one_dist.initialise import pairs
 from lora_one_dist.run import checkpoint
 from lora_one_dist.run.day import with_day
-from lora_one_dist.run.identity import identity
+from lora_one_dist.run.identity import identity, refuse_unlike_hosts
 from lora_one_dist.train import evaluate
 
 
@@ -63,15 +66,16 @@ def read(config: Config) -> Inputs:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
             checkpoint.refuse_full_disk(Path(config.output_dir), config, plan.targets)
-    with comm.all_or_none("reading the data"):
+    with comm.all_or_none("reading the data"), writable_cache():
         rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
     with comm.all_or_none("tokenizing the data"):
-        with comm.local_first():
+        with comm.local_first(), writable_cache():
             train = training_data(rows, tokenizer, config.data, **_how())
+        _refuse_long_samples(config, plan, train, "training")
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
-    held = _read_held(config, tokenizer, rows)
+    held = _read_held(config, plan, tokenizer, rows)
     given = None
     if config.init.adapter is not None:
         with comm.all_or_none("reading the adapter"):
@@ -80,18 +84,20 @@ def read(config: Config) -> Inputs:
     return Inputs(plan, tokenizer, train, held, given, own)
 
 
-def _read_held(config: Config, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
+def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
     """Held-out data, if the config names any or holds any out.  Collective."""
-    with comm.all_or_none("reading the evaluation data"):
+    with comm.all_or_none("reading the evaluation data"), writable_cache():
         found = evaluation_rows(config.data, train_rows)
     if found is None:
         return None
     rows, numbers, source = found
     with comm.all_or_none("tokenizing the evaluation data"):
-        with comm.local_first():
+        with comm.local_first(), writable_cache():
             tokens = tokenize(rows, tokenizer, config.data, source, numbers, **_how())
         answered = numbers[: config.train.exact_match_samples].tolist()
+        _refuse_long_samples(config, plan, tokens, "evaluation")
         prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)
+        _refuse_long_answers(config, plan, prompts)
         evaluate.refuse_unmatched(config.train.exact_match_pattern, prompts, answered, source)
     return evaluate.Held(tokens, prompts, tokenizer)
 
@@ -102,14 +108,17 @@ def _how() -> dict[str, Any]:
 
 
 def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:
-    """By rank 0, which has all of it under its eyes as the others have."""
+    """From what rank 0 has under its eyes; the first rank of every host sees that its host has the same."""
     own = None
     with comm.all_or_none("taking fingerprints of base and data"):
-        if comm.rank() == 0:
+        if comm.is_local_first():
             evaluation = held_out.fingerprint() if held_out is not None else None
-            base = fingerprint(plan.folder)
-            own = identity(config, plan.targets, base, train.fingerprint(), evaluation)
-    return comm.all_gather_object(own)[0]
+            own = {"base": fingerprint(plan.folder), "train": train.fingerprint(), "evaluation": evaluation}
+    found = comm.all_gather_object(own)
+    hosts = {host: held for host, held in zip(comm.here().host_of, found, strict=True) if held is not None}
+    with comm.all_or_none("comparing what the hosts have read"):
+        refuse_unlike_hosts(hosts)
+    return identity(config, plan.targets, **found[0])
 
 
 def total_steps(train: TrainConfig, num_samples: int) -> int:
@@ -127,6 +136,20 @@ def _refuse_too_few(config: Config, available: int) -> None:
         if count > available:
             what = "packed rows" if config.data.packing else "samples"
             raise DataError(f"{key} = {count}: the training data has {available} {what}. Lower it or add data.")
+
+
+def _refuse_long_samples(config: Config, plan: loading.Plan, tokens: TokenData, purpose: str) -> None:
+    documents = tokens.unpacked if isinstance(tokens, PackedData) else tokens
+    value = f"data.max_length = {config.data.max_length}: the longest {purpose} sample"
+    refuse_beyond(plan.skeleton, int(documents.lengths.max()), value, "Set data.max_length to {} or less.")
+
+
+def _refuse_long_answers(config: Config, plan: loading.Plan, prompts: list[tuple[list[int], str]]) -> None:
+    new = config.train.exact_match_max_new_tokens
+    if prompts:
+        value = f"train.exact_match_max_new_tokens = {new}: with its answer the longest prompt"
+        remedy = "Lower it, or data.max_length, so that both together are {} or less."
+        refuse_beyond(plan.skeleton, max(len(ids) for ids, _ in prompts) + new, value, remedy)
 
 
 def _refuse_long_warmup(config: Config, num_samples: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from lora_one_dist.cluster import comm, hierarchy, launchers
 from lora_one_dist.cluster.comm import RankError
 from lora_one_dist.cluster.launchers import Launch
-from lora_one_dist.data.rows import DataError
+from lora_one_dist.data.errors import DataError
 from tests.ranks import free_port, run_commands, run_ranks
 
 # Collectives ----------------------------------------------------------------------------------------------------------

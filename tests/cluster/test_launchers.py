@@ -107,6 +107,62 @@ def test_node_list_that_scontrol_refuses_is_named(scontrol):
         resolve_launch(SRUN | {"SLURM_STEP_NODELIST": "gpu[1"})
 
 
+def test_the_steps_tasks_are_the_world(scontrol):
+    # As with srun --preserve-env, which keeps the allocation's SLURM_NTASKS.
+    step = SRUN | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8"}
+    assert resolve_launch(step) == Launch("srun", 3, 4, 1, "gpu07", 29876)
+    assert resolve_launch(without(step, "SLURM_NTASKS")).world_size == 4
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert resolve_launch(SRUN | one) == Launch("srun", 0, 1, 0, "gpu07", 29876), (
+        "srun --ntasks 1 in an allocation of 4"
+    )
+
+
+# What SLURM 22.05 sets in the shell of salloc (LaunchParameters=use_interactive_step, --ntasks 4).
+SALLOC_SHELL = SRUN | {
+    **{"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PTY_PORT": "33097"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+}
+SHELL_REFUSED = (
+    r"^SLURM_STEP_NUM_TASKS = {}, SLURM_NTASKS = 4: this is an interactive shell of SLURM, in which nobody has started "
+    r"the other ranks\. Start all of them by srun --ntasks 4 {}--kill-on-bad-exit=1 \S+; or .* with --ntasks 1\.$"
+)
+
+
+def test_the_shell_of_salloc_is_refused_with_the_command_to_use(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "launch/train.py", "--config", "a b.yaml"])
+    with pytest.raises(LaunchError) as caught:
+        resolve_launch(SALLOC_SHELL)
+    monkeypatch.setattr(sys, "orig_argv", ["python"])
+    assert " --kill-on-bad-exit=1 python launch/train.py --config 'a b.yaml'; or this process" in str(caught.value)
+    with pytest.raises(LaunchError, match=SHELL_REFUSED.format(1, "")):
+        resolve_launch(SALLOC_SHELL)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_first_shell_of_several_is_refused(typed, scontrol, monkeypatch):
+    """``srun --ntasks 4 --pty bash``: the same variables as ``srun`` from there, which no prompt has started."""
+    monkeypatch.setattr(sys, "orig_argv", ["python"])
+    monkeypatch.setattr(launchers, "_typed_into_a_shell", lambda: typed)
+    shell = SALLOC_SHELL | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    if typed:
+        with pytest.raises(LaunchError, match=SHELL_REFUSED.format(4, "--overlap ")):
+            resolve_launch(shell)
+    assert resolve_launch(shell if not typed else without(shell, "SLURM_PTY_PORT")).world_size == 4
+
+
+def test_other_launchers_work_in_a_shell_of_slurm(monkeypatch):
+    for more, source in [
+        ({}, "environment"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"CROSS_SIZE": "2"}, "deepspeed"),
+    ]:
+        assert resolve_launch(SALLOC_SHELL | DEEPSPEED | more).source == source
+    monkeypatch.setattr(launchers, "_launch_from_mpi", lambda env: Launch("mpirun (mpi4py)", 1, 2, 1, "gpu07", 1234))
+    assert resolve_launch(SALLOC_SHELL | {"OMPI_COMM_WORLD_SIZE": "2"}).source == "mpirun (mpi4py)"
+    assert resolve_launch(SRUN | {"PMI_SIZE": "4", "MASTER_ADDR": "head"}).source == "srun", "srun --mpi=pmi2"
+
+
 @pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"])
 def test_half_set_srun_environment_names_what_is_missing(missing):
     with pytest.raises(LaunchError, match=f"SLURM_PROCID set but {missing} missing. Start with srun"):

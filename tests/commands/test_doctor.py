@@ -577,6 +577,8 @@ def test_each_host_that_cannot_be_asked_is_named_with_what_is_in_the_way(ssh, mo
 def test_bad_hostfile_and_missing_ssh_end_with_what_to_do(ssh, monkeypatch, capsys):
     assert ssh()[0] == 1
     assert "failed: hostfile holds nothing: must be one line" in capsys.readouterr().err
+    assert command.main(["--hostfile", "gone"]) == 1
+    assert "failed: --hostfile gone: no such file" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "/nonexistent")
     code, _, (fault,) = ssh("one")
     assert code == 1

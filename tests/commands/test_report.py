@@ -27,7 +27,7 @@ from lora_one_dist.run import metrics
 from tests import tool
 
 STEPS = 60
-HOSTILE = 'bad <b>"x"</b> & $y$'
+HOSTILE = 'bad <b>"x"</b> & $1$'
 PROMPT = '</pre><script>alert("1")</script> {prompt}'
 PHASES = {"load": 0.5, "gradient": 2.0, "svd": 1.25, "broadcast": 0.25, "set adapters": 0.5, "train": 30.0}
 MIB = 2**20

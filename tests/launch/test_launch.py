@@ -100,6 +100,17 @@ def test_torchrun(tmp_path):
 
 
 @pytest.mark.full
+def test_a_hostfile_that_is_not_there_ends_the_job(tmp_path):
+    result = call(
+        *(BIN / "deepspeed", "--hostfile", "gone", "--num_gpus", "1", "--master_port", "29734", "launch/train.py"),
+        *("--config", DEMO, *SHORT, f"output_dir={tmp_path / 'run'}"),
+    )
+    assert result.returncode != 0
+    assert "gone: no such file; deepspeed would go on with this host alone. Correct the path, or" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
 def test_refused_target_ends_the_job(tmp_path):
     """The job ends, non-zero, and the message is told once by each rank that failed."""
     result = call(

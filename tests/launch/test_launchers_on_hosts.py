@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
+import sys
 import time
 
 import psutil
@@ -76,3 +78,25 @@ def test_job_ends_with_its_launcher(hosts, tmp_path):
         assert not any(jobs.ranks_on(hosts, i) for i in hosts.numbers)
     finally:
         job.end()
+
+
+SHELLS = {
+    "salloc": "salloc --quiet --ntasks 2 srun --interactive --preserve-env --pty",  # as it starts its shell by default
+    "srun": "srun --ntasks 2 --pty",
+}
+WHO = "from lora_one_dist.cluster.launchers import resolve_launch; import os; print(resolve_launch(os.environ))"
+
+
+@pytest.mark.parametrize("started", SHELLS)
+def test_a_shell_of_slurm_is_refused_and_its_srun_works(started, hosts, tmp_path):
+    """What SLURM really sets there: at the prompt nobody has started the second rank, srun starts both."""
+    (tmp_path / "who.py").write_text(f"import sys; sys.path.insert(0, {os.getcwd()!r}); {WHO}")
+    who = f"{sys.executable} {tmp_path}/who.py"
+    typed = f"{who}; srun --overlap --ntasks 2 {who}; mpirun --oversubscribe -n 2 {who}"
+    shell = f"{SHELLS[started]} bash --norc -ic {shlex.quote(typed)}"
+    said = hosts.run(1, "script", "--quiet", "--return", "--command", shell, "/dev/null", timeout=60).stdout
+    refused, _, rest = said.partition("with --ntasks 1.")
+    assert "in which nobody has started the other ranks. Start all of them by srun --ntasks 2 " in refused, said
+    for rank in (0, 1):
+        assert f"Launch(source='srun', rank={rank}, world_size=2, local_rank={rank}, master_addr='node1'" in rest, said
+        assert f"Launch(source='mpirun (mpi4py)', rank={rank}, world_size=2, local_rank={rank}" in rest, said

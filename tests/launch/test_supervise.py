@@ -47,6 +47,16 @@ def test_output_and_exit_code_are_the_launchers():
     assert run(f"{speech}; sys.exit(7)") == (7, b"out\n", b"one\xff\ntwo without an end")
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+def test_no_launcher_is_started_with_a_bad_hostfile(launcher, tmp_path):
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfnode1 slots=2\n")
+    for name, rule in [("gone", "no such file; deepspeed would go on"), ("hosts", "begins with a byte-order mark")]:
+        command = [sys.executable, "-c", RUN, launcher, "--hostfile", tmp_path / name, "launch/train.py"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr.startswith(f"--hostfile {tmp_path / name}: {rule}")
+
+
 def test_text_that_tells_no_failure_of_a_rank_changes_nothing():
     others = ["rank 3 failed", "rank 3 on node2 has failed", "a rank 3 on node2 failed", "rank x on node2 failed: y"]
     code, _, stderr = run(f"say({chr(10).join(others)!r}); time.sleep({GRACE_SECONDS + 0.4})")

@@ -80,8 +80,8 @@ def guard(patch: pytest.MonkeyPatch, readers: list[str]) -> None:
 class Place:
     """A user's folder: a config that runs, next to the files that it names, all to be spoiled."""
 
-    def __init__(self, root: Path, base: Path):
-        self.root, self.base = root, base
+    def __init__(self, root: Path, base: Path, patch: pytest.MonkeyPatch):
+        self.root, self.base, self.patch = root, base, patch
         self.config: dict[str, Any] = {
             "model": {"path": "base", "dtype": "fp32"},
             "data": {"train": "train.jsonl", "max_length": 32},
@@ -138,7 +138,7 @@ def _groups() -> tuple[Any, Any]:
 def place(tmp_path, model_folder, monkeypatch):
     folder = model_folder("llama").resolve()
     monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, folder)
+    return Place(tmp_path, folder, monkeypatch)
 
 
 def attempt(patch: pytest.MonkeyPatch, overrides: list[str], launch: dict[str, str] | None, capture: Any) -> str:
@@ -280,6 +280,11 @@ CONFIG = {
         ["init.adapter = gone", "no adapter_config.json", "Give a PEFT folder"],
     ),
     "NUL in a path": (['model.path="a\\0b"'], ["model.path = a", "neither a folder nor a hub name"]),
+    "a shell's variable in a path": (
+        ["output_dir=$SCRATCH/run"],
+        ["output_dir = '$SCRATCH/run': holds $SCRATCH, and only a shell knows such variables", "Write its value out"],
+    ),
+    "a home that is taken for one": (["data.train=~/gone.jsonl"], [f"data.train = {Path.home()}/gone.jsonl: no such"]),
     "path too long": ([f"model.path={'x' * 5000}"], ["model.path = xxx", "neither a folder nor a hub name"]),
 }
 
@@ -412,7 +417,7 @@ DATA = {
     ),
     "files that differ": (
         lambda p: [p.rows("b.jsonl", [{"q": "x"}]), "data.train=[train.jsonl, b.jsonl]"][1:],
-        ["b.jsonl: has columns", "train.jsonl has", "Write them with the same tool"],
+        ["b.jsonl, line 1", "columns ['prompt', 'completion'] are null or missing", "Fill them"],
     ),
     "evaluation row": (
         lambda p: [p.rows("eval.jsonl", [GOOD, GOOD | {"prompt": None}]), "data.eval=eval.jsonl"][1:],
@@ -421,6 +426,10 @@ DATA = {
     "answer without the pattern": (
         ["data.eval=train.jsonl", "train.exact_match_samples=2", "train.exact_match_pattern=is (.*)"],
         ["train.exact_match_pattern = 'is (.*)'", "train.jsonl, line 1", "Correct the pattern"],
+    ),
+    "a cache that cannot be written to": (
+        lambda p: p.patch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nope"),
+        ["HF_DATASETS_CACHE = /proc/nope: cannot be written to on", "No such file", "Make room or set its permissions"],
     ),
     "unknown data set": (
         ["data.train=nobody/nothing"],
@@ -645,6 +654,43 @@ MODEL = {
     "not on the hub": (["model.path=nobody/nothing"], ["model.path = nobody/nothing", "hub", "or give a folder"]),
 }
 
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+ABOVE = "above its original length of 6 LlamaForCausalLM turns the positions of a whole micro-batch by its longest"
+
+
+def short_rope(*overrides: str) -> Callable[[Place], list[str]]:
+    """A model whose positions turn above 6 tokens, and rows of 5 to 13 of them."""
+    return lambda p: [p.copy(rope_parameters=ROPE, max_position_embeddings=6), *overrides][1:]
+
+
+MODEL |= {
+    "a sample above the rotary length": (
+        short_rope(),
+        ["data.max_length = 32: the longest training sample has 14 tokens", ABOVE, "Set data.max_length to 6 or less"],
+    ),
+    "a packed one": (
+        short_rope("data.packing=true", "init.num_samples=2"),
+        ["the longest training sample has 14", ABOVE],
+    ),
+    "an evaluation sample above the rotary length": (
+        lambda p: [
+            p.rows("train.jsonl", [{"prompt": "w3", "completion": " w4"}] * 9),
+            p.rows("eval.jsonl", models.rows(9)),
+            *short_rope("data.eval=eval.jsonl")(p),
+        ][2:],
+        ["the longest evaluation sample has", ABOVE, "Set data.max_length to 6 or less"],
+    ),
+    "answers above the rotary length": (
+        lambda p: [
+            p.rows("train.jsonl", [{"prompt": "w3", "completion": " w4"}] * 9),
+            *short_rope("data.eval=train.jsonl", "train.exact_match_samples=2", "train.exact_match_max_new_tokens=5")(
+                p
+            ),
+        ][1:],
+        ["train.exact_match_max_new_tokens = 5: with its answer the longest prompt has 7", ABOVE, "Lower it"],
+    ),
+}
+
 ADAPTER = {
     "another r": (lambda p: p.adapter(lambda c, t: c.update(r=8)), ["r is 8, the run's is 4", "Set lora.* to what"]),
     "another scale": (
@@ -703,6 +749,13 @@ LAUNCH = {
     "half set by SLURM": (
         {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"},
         ["SLURM_NTASKS, SLURM_LOCALID, SLURM_JOB_ID missing", "Start with srun"],
+    ),
+    "a shell of SLURM": (
+        {
+            **{"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+            **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"},
+        },
+        ["SLURM_STEP_NUM_TASKS = 1, SLURM_NTASKS = 4", "an interactive shell", "Start all of them by srun --ntasks 4"],
     ),
     "unknown accelerator": ({"DS_ACCELERATOR": "gpu"}, ["DS_ACCELERATOR = 'gpu': must be cuda or cpu", "Unset it"]),
     "accelerator that is not there": (

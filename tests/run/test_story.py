@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
 from tests import models, reference
 from tests.base.checkpoints import changed, rename
-from tests.ranks import run_commands, run_ranks
+from tests.ranks import run_commands, run_ranks, write_json_lines
 from tests.runs import metrics, peft_eval_loss, refused, settings, train
 
 
@@ -187,11 +188,45 @@ def test_refused_before_a_weight_is_read(changes, expected, model_folder, tmp_pa
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_base_that_hosts_cannot_share_is_refused_before_a_weight_is_read(model_folder, tmp_path):
-    folder = changed(model_folder("llama"), tmp_path, rename)
-    raw = settings(folder, tmp_path / "run", deepspeed__shard_group="node")
-    for message in run_ranks(2, refused, raw, hosts="ab"):
-        assert "failed while checking the model: deepspeed.shard_group = node: needs tensors that" in message
+def refused_in_turn(by_host):
+    """Runs on a rank: the errors of runs that must not start, whose settings are those of the rank's host."""
+    return [refused(raw) for raw in by_host[socket.gethostname()]]
+
+
+def test_what_hosts_do_not_share_is_refused_before_a_weight_is_read(model_folder, tmp_path):
+    """A base whose names do not map, in each host; training data, evaluation data, a base that only one host has."""
+
+    def run(base=None, **changes):
+        return settings(base or model_folder("llama"), tmp_path / "run", **changes)
+
+    def copy(name, change):
+        (tmp_path / name).mkdir()
+        return changed(model_folder("llama"), tmp_path / name, change)
+
+    renamed = run(copy("renamed", rename), deepspeed__shard_group="node")
+    more = write_json_lines(tmp_path / "more.jsonl", models.rows(101))
+    edited = models.rows(21, seed=1)
+    edited[20]["completion"] += " w3"
+    edited = write_json_lines(tmp_path / "edited.jsonl", edited)
+    own = {
+        "a": [renamed, run(), run(), run(copy("base", dict))],
+        "b": [
+            *(renamed, run(data__train=str(more)), run(data__eval=str(edited))),
+            run(copy("other", lambda held: {name: 2 * tensor for name, tensor in held.items()})),
+        ],
+    }
+    for messages in run_ranks(2, refused_in_turn, own, hosts="ab"):
+        assert "failed while checking the model: deepspeed.shard_group = node: needs tensors that" in messages[0]
+        unlike = (
+            "failed while comparing what the hosts have read: {}: must be the same on every host, is a: {}; b: {}. "
+        )
+        number = r"samples {}, sha256 [0-9a-f]{{12}}"
+        for message, what, counts in zip(
+            messages[1:3], ("data.train", "data.eval"), ((100, 101), (21, 21)), strict=True
+        ):
+            pattern = unlike.format(what, *(number.format(count) for count in counts))
+            assert re.search(pattern + "Give each the same files and the same tokenizer, by copies or a file", message)
+        assert re.search(unlike.format("model.path", "config .*", "config .*") + "Copy the model from one", messages[3])
     assert not (tmp_path / "run").exists()
 
 

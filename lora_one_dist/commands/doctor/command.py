@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_one_dist.commands.doctor.facts import Row
 from lora_one_dist.commands.doctor.ranks import among_ranks
 from lora_one_dist.commands.doctor.ssh import over_ssh
+from lora_one_dist.config.paths import name_argument
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # to say who failed before it knows
 
@@ -29,10 +30,14 @@ RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  #
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Look at every host of a job and name the odd one out.")
-    parser.add_argument("--hostfile", help="without a launcher: ask these hosts over ssh (lines 'name slots=N')")
-    parser.add_argument("--config", help="YAML file of the run, for its model.path and output_dir")
-    parser.add_argument("--model", help="model folder to look at, instead of the config's")
-    parser.add_argument("--output", help="output folder to look at, instead of the config's or this folder")
+    parser.add_argument(
+        "--hostfile", type=name_argument, help="without a launcher: ask these hosts over ssh (lines 'name slots=N')"
+    )
+    parser.add_argument("--config", type=name_argument, help="YAML file of the run, for its model.path and output_dir")
+    parser.add_argument("--model", type=name_argument, help="model folder to look at, instead of the config's")
+    parser.add_argument(
+        "--output", type=name_argument, help="output folder to look at, instead of the config's or this folder"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for all ranks to arrive, at least 5")
     parser.add_argument("--megabytes", type=float, help="MiB to measure bandwidth with, 0: do not; 64, on CPUs 16")
     parser.add_argument("--ssh_port", type=int, help="port of sshd on the hosts")
@@ -55,6 +60,7 @@ def request_of(arguments: argparse.Namespace, root: Path) -> Row:
             raise ValueError(f"--config {arguments.config}: must be the YAML of a run. Give another file.")
     model = arguments.model or config.get("model", {}).get("path")
     output = arguments.output or config.get("output_dir", ".")
+    model, output = (name_argument(path) if isinstance(path, str) else path for path in (model, output))
     return {"root": str(root), "folder": os.getcwd(), "model": model, "output": output}
 
 

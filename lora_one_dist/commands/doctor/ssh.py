@@ -22,6 +22,9 @@ SSH_SECONDS = 20
 
 def over_ssh(request: Row, hostfile: str, port: int | None) -> int:
     """Ask every host of the hostfile at once, judge and say.  Returns the exit code."""
+    from lora_one_dist.cluster.hostfile import refuse_bad  # not at the top: the doctor runs where packages are missing
+
+    refuse_bad(Path(hostfile))
     hosts = hosts_in(Path(hostfile).read_text(encoding="utf-8"))
     with ThreadPoolExecutor(32) as pool:
         rows = list(pool.map(lambda host: ask(host, request | {"names": hosts}, port), hosts))

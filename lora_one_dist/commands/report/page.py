@@ -29,6 +29,7 @@ from lora_one_dist.commands.report import figures as report_figures
 from lora_one_dist.commands.report import runs as report_runs
 from lora_one_dist.commands.report.figures import Figure
 from lora_one_dist.commands.report.runs import MISSING, Best, ReportError, Run, shown
+from lora_one_dist.config import paths
 
 PAGE = "index.html"
 MARK = '<meta name="generator" content="lora_one_dist tools/report.py">'  # makes a folder a report, to be replaced
@@ -57,8 +58,10 @@ summary { cursor: pointer; font-weight: 600; } details details summary { font-we
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="output_dir of a run, or a folder of such folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, or an older report to replace")
+    parser.add_argument("runs", type=paths.argument, nargs="+", help="output_dir of a run, or a folder of such folders")
+    parser.add_argument(
+        "--out", type=paths.argument, required=True, help="folder to make, or an older report to replace"
+    )
     return parser.parse_args(argv)
 
 
