@@ -117,8 +117,7 @@ class DataConfig(_Group):
     """Column with the messages (format chat): a list of {role, content}. ShareGPT's `conversations` of {from, value}
     are found where there are no `messages`. A message's weight, 0 or 1, says whether an assistant's turn is learned."""
     tools: Annotated[str, only_with("data.format", "chat")] = "auto"
-    """Column with the tools of a chat, a list or JSON text of one, which the chat template shows to the model; auto:
-    `tools`, where a row has it; none: leave tools out."""
+    """Column with a chat's tools, a list or its JSON text; auto: `tools`, where a row has it; none: leave tools out."""
     text: Annotated[str, only_with("data.format", "text")] = "text"
     """Column with the text (format text)."""
     loss_on: Annotated[
@@ -142,8 +141,7 @@ class DataConfig(_Group):
     workers: int | None = Field(None, ge=1)
     """Processes of a host that tokenise, at least 1; none: one for each core that the ranks leave."""
     date: Annotated[datetime.date | None, only_with("data.format", "chat")] = None
-    """The day, e.g. 2026-11-29, that chat templates which ask for one are told; none: the day on which the run began,
-    which it keeps."""
+    """The day, e.g. 2026-11-29, that chat templates which ask are told; none: that on which the run began."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use only the first rows of the training data."""
     max_eval_samples: Annotated[int | None, not_with("data.eval", None, otherwise=_NO_DATA_SET)] = Field(None, ge=1)
@@ -152,8 +150,8 @@ class DataConfig(_Group):
     @property
     def template_columns(self) -> list[str]:
         """Those that ``prompt`` and ``completion`` name."""
-        parsed = string.Formatter().parse(self.prompt + self.completion)
-        return list(dict.fromkeys(name for _, name, _, _ in parsed if name))
+        fields = string.Formatter().parse(self.prompt + self.completion)
+        return list(dict.fromkeys(field[1] for field in fields if field[1]))
 
 
 class LoraConfig(_Group):

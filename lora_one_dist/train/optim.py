@@ -150,8 +150,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 def damping_at(lr: float, config: OptimConfig) -> float:
     """The preconditioner's damping at a rate.  Pure; only where there is a preconditioner.
 
-    Of rescaled it grows as the rate falls, so that the last steps, which are small and mostly noise, are AdamW's own
-    (results/defaults).
+    Of rescaled it grows as the rate falls: the last steps, mostly noise, are AdamW's own (results/defaults).
     """
     damping = config.damping_in_force
     assert damping is not None

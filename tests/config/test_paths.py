@@ -15,7 +15,15 @@ from lora_one_dist.config.settings import AsPath, Config
 
 PATHS = ("model.path", "data.train", "data.eval", "init.adapter", "deepspeed.config", "resume", "output_dir")
 OTHER_TEXT = {  # settings of free text that are no paths
-    *("data.train_split", "data.eval_split", "data.prompt", "data.completion", "data.messages", "data.text"),
+    *(
+        "data.train_split",
+        "data.eval_split",
+        "data.prompt",
+        "data.completion",
+        "data.messages",
+        "data.tools",
+        "data.text",
+    ),
     *("lora.target_modules", "train.exact_match_pattern"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 from lora_one_dist.commands import inspect_data, prepare_data
 from lora_one_dist.data.cache import CacheError, writable_cache
 from lora_one_dist.data.errors import DataError
-from lora_one_dist.data.rows import load_rows
+from lora_one_dist.data.rows import load_rows, placing
 
 NAMED = (
     rf"HF_DATASETS_CACHE = %s: cannot be written to on {socket.gethostname()} \(.*%s.*\); what is read and tokenised "
@@ -55,8 +55,8 @@ def test_a_cache_that_fails_while_data_are_read_is_named(error, rows, cache):
 
 def test_a_fault_of_the_data_file_stays_one(rows, cache):
     rows.write_text("{\n")
-    with pytest.raises(DataError, match=r"train\.jsonl, line 1"), writable_cache():
-        load_rows(str(rows), "train", None)
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1"), writable_cache(), placing(str(rows)):
+        load_rows(str(rows), "train", None).to_list()
     with pytest.raises(PermissionError), writable_cache():
         raise PermissionError(errno.EACCES, "Permission denied", str(rows))
     assert not list(Path(cache).glob("tmp*")), "nothing of the trial is left"
