@@ -204,17 +204,19 @@ def dropped_thoughts(chat: Chat, text: str) -> int:
     """
     dropped, at = 0, 0
     for number, message in enumerate(chat.messages):
-        ends = [at]
+        start, ends, thoughts = 0 if message["role"] == "system" else at, [at], []
         for piece in pieces(message):
-            wanted = piece.text.strip()
-            found, end = _find(text, wanted, 0 if message["role"] == "system" else at)
-            if found >= 0:
-                ends.append(end)
-            elif piece.is_thought:
-                dropped += 1
-            else:
-                raise _is_dropped(number, message, wanted)
-        at = at if message["role"] == "system" else max(ends)
+            if piece.is_thought:
+                thoughts.append(piece.text.strip())
+                continue
+            found, end = _find(text, piece.text.strip(), start)
+            if found < 0:
+                raise _is_dropped(number, message, piece.text.strip())
+            ends.append(end)
+        if message["role"] != "system":
+            at = max(ends)
+        # In front of what is said, or nowhere: elsewhere it would be another message's.
+        dropped += sum(not 0 <= _find(text, thought, start)[0] < max(at, start + 1) for thought in thoughts)
     for tool in chat.tools or []:
         name = (tool.get("function") or tool).get("name")
         if isinstance(name, str) and name not in text:

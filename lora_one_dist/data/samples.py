@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NOTES = {
     "added_nulls": "nulls that the files' types had added were left out",
     "dropped_thoughts": "thoughts of earlier turns are not in the text: the chat template leaves them out",
-    "control_tokens": "rows hold control tokens of the model in what users say, which are learned around as such",
+    "control_tokens": "rows hold special tokens of the model in what users say: it reads them as its own",
 }
 
 
