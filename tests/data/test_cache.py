@@ -21,6 +21,13 @@ NAMED = (
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache of the test's own: that of the session may be another room's by now."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
@@ -38,10 +45,10 @@ def test_a_cache_that_cannot_be_made_is_named_before_data_are_read(folder, tmp_p
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), "in the cache"], ids=str)
-def test_a_cache_that_fails_while_data_are_read_is_named(error, rows, cache):
+def test_a_cache_that_fails_while_data_are_read_is_named(error, rows, folder):
     """As `datasets` and `load_rows` wrap it, each in an error of its own."""
     if error == "in the cache":
-        error = PermissionError(errno.EACCES, "Permission denied", str(cache / "json" / "x.arrow"))
+        error = PermissionError(errno.EACCES, "Permission denied", str(folder / "json" / "x.arrow"))
 
     def read() -> None:
         try:
@@ -49,17 +56,17 @@ def test_a_cache_that_fails_while_data_are_read_is_named(error, rows, cache):
         except RuntimeError as failure:
             raise DataError(f"{rows}: cannot be read") from failure
 
-    with pytest.raises(CacheError, match=NAMED % (cache, error.strerror)), writable_cache():
+    with pytest.raises(CacheError, match=NAMED % (folder, error.strerror)), writable_cache():
         read()
 
 
-def test_a_fault_of_the_data_file_stays_one(rows, cache):
+def test_a_fault_of_the_data_file_stays_one(rows, folder):
     rows.write_text("{\n")
     with pytest.raises(DataError, match=r"train\.jsonl, line 1"), writable_cache(), placing(str(rows)):
         load_rows(str(rows), "train", None).to_list()
     with pytest.raises(PermissionError), writable_cache():
         raise PermissionError(errno.EACCES, "Permission denied", str(rows))
-    assert not list(Path(cache).glob("tmp*")), "nothing of the trial is left"
+    assert not list(folder.glob("tmp*")), "nothing of the trial is left"
 
 
 def test_tools_that_read_data_name_it_too(rows, tmp_path, model_folder, monkeypatch, capsys):

@@ -129,7 +129,7 @@ def verdicts(final: Sequence[Mapping[str, Any]], of: str, measure: str) -> list[
         error, verdict = None, "not decided: one seed"
         if all(spread is not None for spread, _ in pair):
             error = math.sqrt(sum(spread**2 / seeds for spread, seeds in pair))
-            verdict = "tie" if abs(gap) < 2 * error else "wins" if gap > 0 else "loses"
+            verdict = "tie" if abs(gap) <= 2 * error else "wins" if gap > 0 else "loses"
         found.append(
             {"of": of, "against": row["method"], "better by": gap, "standard error": error, "verdict": verdict}
         )
