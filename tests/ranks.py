@@ -6,9 +6,11 @@ them once and has touched neither autograd nor a process group.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -33,9 +35,12 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system gives to outgoing connections, of which one could take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(21_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(
