@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 
+import pytest
+
 from tests import models
 from tests.ranks import run_ranks, write_json_lines
 from tests.runs import metrics, settings, train
@@ -35,6 +37,7 @@ def losses(out):
     return [line["loss"] for line in metrics(out) if "loss" in line]
 
 
+@pytest.mark.full
 def test_a_run_that_goes_on_after_midnight_with_another_cache_is_the_same(tmp_path):
     folder = tmp_path / "base"
     models.llama(layers=2).save_pretrained(folder)
