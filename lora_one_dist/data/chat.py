@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_one_dist.data.errors import DataError
-from lora_one_dist.data.messages import REASONING, THOUGHT, Chat, dropped_thoughts
+from lora_one_dist.data.messages import END_THINK, REASONING, THINK, Chat, dropped_thoughts, thoughts
 from lora_one_dist.data.template import BEGIN, Template
 
 # Noncharacters again, around the number of the message whose text they enclose.
@@ -172,11 +172,11 @@ def _marked(message: Mapping[str, Any], number: int) -> dict[str, Any]:
             marked[key] = enclosed(message[key])
     if isinstance(content := message.get("content"), str):
         marked["content"], at = "", 0
-        for found in THOUGHT.finditer(content) if message["role"] == "assistant" else ():
-            inner = content[at : found.start(1)], found[1], content[found.end(1) : found.end()]
-            head = inner[0].removesuffix("<think>")
-            marked["content"] += enclosed(head) + inner[0][len(head) :] + enclosed(inner[1]) + inner[2]
-            at = found.end()
+        for begin, end in thoughts(message):
+            before = content[at:begin].removesuffix(THINK)
+            opened = content[at + len(before) : begin]
+            marked["content"] += enclosed(before) + opened + enclosed(content[begin:end]) + END_THINK
+            at = end + len(END_THINK)
         marked["content"] += enclosed(content[at:])
     if calls := message.get("tool_calls"):
         marked["tool_calls"] = [_marked_call(call, enclosed) for call in calls]

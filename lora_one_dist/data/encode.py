@@ -69,10 +69,7 @@ class Encoder:
             nulls.append(dropped)
             reads.append(self.read(row, number))
         samples = self._samples(reads)
-        columns: dict[str, Any] = {
-            name: pyarrow.array([sample[name] for sample in samples], pyarrow.list_(pyarrow.int32()))
-            for name in ("input_ids", "labels")
-        }
+        columns = {name: _lists([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
         counts = {
             name: [int(sample[name]) for sample in samples] for name in ("prompt_length", "num_targets", "is_cut")
         }
@@ -211,17 +208,25 @@ class Encoder:
         eos, limit = self.tokenizer.eos_token_id, self.config.max_length
         if self.config.format != "chat" and eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
-        labels = [IGNORE_INDEX] * min(len(ids), limit)
+        held = np.array(ids[:limit], dtype=np.int32)
+        labels = np.full_like(held, IGNORE_INDEX)
         for start, stop in zip(borders[::2], [*borders[1::2], len(ids)], strict=False):
-            labels[start:stop] = ids[start : min(stop, limit)]
-        targets = sum(label != IGNORE_INDEX for label in labels[1:])
+            labels[start:stop] = held[start:stop]
         return {
-            "input_ids": ids[:limit],
+            "input_ids": held,
             "labels": labels,
-            "prompt_length": min([*borders[:1], len(labels)]),
-            "num_targets": targets,
+            "prompt_length": min([*borders[:1], len(held)]),
+            "num_targets": np.count_nonzero(labels[1:] != IGNORE_INDEX),
             "is_cut": len(ids) > limit if is_cut is None else is_cut,
         }
+
+
+def _lists(rows: Sequence[np.ndarray]) -> pyarrow.Array:
+    """Arrays of one dimension as a column of lists."""
+    import pyarrow
+
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pyarrow.ListArray.from_arrays(offsets, np.concatenate(rows))
 
 
 def chat_column(row: Mapping[str, Any], config: DataConfig) -> str:

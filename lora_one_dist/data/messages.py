@@ -6,7 +6,6 @@ message, value and remedy; what a user wrote is never dropped in silence.  Pure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 WEIGHTS = ("weight", "train", "trainable")
 UNCLEAR = {"training", "loss", "loss_mask", "loss_weight", "mask", "masked", "ignore", "learn", "skip", "is_masked"}
 LABELS = {"role", "name", "id", "tool_call_id", "call_id", "type", "index"}  # templates may leave them out
-THOUGHT = re.compile(r"(?:<think>)?((?:(?!<think>).)*?)</think>", re.DOTALL)  # some data leave the beginning out
+THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,25 @@ def _read_tools(given: Any, template: Template) -> list[Any] | None:
     return tools or None
 
 
+def thoughts(message: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """(begin, end) in an assistant's content of the texts that ``</think>`` ends; some data leave ``<think>`` out."""
+    content, at = message.get("content") or "", 0
+    while message["role"] == "assistant" and (end := content.find(END_THINK, at)) >= 0:
+        opened = content.rfind(THINK, at, end)
+        yield at if opened < 0 else opened + len(THINK), end
+        at = end + len(END_THINK)
+
+
 def pieces(message: Mapping[str, Any]) -> Iterator[Piece]:
     """What of a message must be in the text: thoughts, content, names of calls and the strings in their arguments."""
     for key in REASONING:
         if isinstance(message.get(key), str):
             yield Piece(message[key], True)
     content, at = message.get("content") or "", 0
-    if message["role"] == "assistant":
-        for found in THOUGHT.finditer(content):
-            yield Piece(content[at : found.start()])
-            yield Piece(found[1], True)
-            at = found.end()
+    for begin, end in thoughts(message):
+        yield Piece(content[at:begin].removesuffix(THINK))
+        yield Piece(content[begin:end], True)
+        at = end + len(END_THINK)
     yield Piece(content[at:])
     single = message.get("function_call")
     for call in [*(message.get("tool_calls") or []), *([single] if isinstance(single, Mapping) else [])]:
@@ -204,10 +211,10 @@ def dropped_thoughts(chat: Chat, text: str) -> int:
     """
     dropped, at = 0, 0
     for number, message in enumerate(chat.messages):
-        start, ends, thoughts = 0 if message["role"] == "system" else at, [at], []
+        start, ends, thinking = 0 if message["role"] == "system" else at, [at], []
         for piece in pieces(message):
             if piece.is_thought:
-                thoughts.append(piece.text.strip())
+                thinking.append(piece.text.strip())
                 continue
             found, end = _find(text, piece.text.strip(), start)
             if found < 0:
@@ -216,7 +223,7 @@ def dropped_thoughts(chat: Chat, text: str) -> int:
         if message["role"] != "system":
             at = max(ends)
         # In front of what is said, or nowhere: elsewhere it would be another message's.
-        dropped += sum(not 0 <= _find(text, thought, start)[0] < max(at, start + 1) for thought in thoughts)
+        dropped += sum(not 0 <= _find(text, thought, start)[0] < max(at, start + 1) for thought in thinking)
     for tool in chat.tools or []:
         name = (tool.get("function") or tool).get("name")
         if isinstance(name, str) and name not in text:
@@ -228,7 +235,11 @@ def dropped_thoughts(chat: Chat, text: str) -> int:
 
 def _find(text: str, wanted: str, start: int) -> tuple[int, int]:
     """(begin, end) of a text as it is or as JSON has it; (-1, -1)."""
-    for form in (wanted, json_text.encode(wanted)[1:-1], json_text.encode(wanted, ensure_ascii=True)[1:-1]):
+    found = text.find(wanted, start)
+    if found >= 0:
+        return found, found + len(wanted)
+    for ascii_alone in (False, True):
+        form = json_text.encode(wanted, ensure_ascii=ascii_alone)[1:-1]
         found = text.find(form, start)
         if found >= 0:
             return found, found + len(form)

@@ -18,7 +18,7 @@ import pytest
 from lora_one_dist.data.encode import Encoder
 from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.messages import read_chat
-from lora_one_dist.data.rows import load_rows
+from lora_one_dist.data.rows import Chunk, load_rows
 from lora_one_dist.data.samples import tokenize
 from lora_one_dist.data.template import Template
 from tests.data.helpers import build_tokenizer, config, turns, typed, write
@@ -465,7 +465,7 @@ def test_a_long_chat_is_tokenised_as_far_as_it_is_needed():
 
 def targets_of(tokenizer, messages, max_length):
     encoder = Encoder(tokenizer, config(format="chat", loss_on="all", max_length=max_length), DAY)
-    return encoder._samples([encoder.read({"messages": messages}, 0)])[0]
+    return encoder.encode(Chunk(0, [json.dumps({"messages": messages}).encode()])).to_pylist()[0]
 
 
 def test_a_template_that_wants_text_gets_it():
