@@ -14,19 +14,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from lora_one_dist.config.settings import DataConfig
+from lora_one_dist.data import json_text
 from lora_one_dist.data.batches import IGNORE_INDEX
-from lora_one_dist.data.chat import Span, Turns
+from lora_one_dist.data.chat import render_chat
 from lora_one_dist.data.errors import DataError, RowError
-from lora_one_dist.data.messages import read_chat
+from lora_one_dist.data.messages import read_chat, read_tools
 from lora_one_dist.data.rows import Chunk
 from lora_one_dist.data.template import Template
+from lora_one_dist.data.texts import Span
 
 if TYPE_CHECKING:
     import pyarrow
 
 CHARACTERS = 8  # a token: of a longer text the rest is tokenised only if this was not enough
+FORMAT = json_text.Format()
+# What a template may raise at a row, whose author may not be ours.
+ROW_ERRORS = (TemplateError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError)
 MARGIN = 8  # tokens at a cut that may be others in the whole text
 
 
@@ -55,7 +61,7 @@ class Encoder:
             value = f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which it needs"
             raise DataError(f"{value}. Take the instruction-tuned model's tokenizer, or use data.format completion.")
         self.tokenizer, self.config, self.date = tokenizer, config, date
-        self._made: dict[bool, Turns] = {}
+        self._templates: dict[bool, Template] = {}
 
     def __reduce__(self) -> tuple[type[Encoder], tuple[Any, ...]]:
         return Encoder, (self.tokenizer, self.config, self.date)  # compiled templates cannot travel
@@ -82,22 +88,20 @@ class Encoder:
 
     def read(self, row: Mapping[str, Any], number: int) -> Read:
         """A row's text and what of it is learned.  Raises RowError."""
-        from jinja2 import TemplateError
-
         config = self.config
         try:
             absent = [name for name in self.columns if row.get(name) is None]
             if absent:
                 raise DataError(f"columns {absent} are null or missing. Fill them, or take the row out")
             if config.format == "completion":
-                prompt = config.prompt.format(**row)
-                return Read(prompt + config.completion.format(**row), prompt)
+                prompt, completion = (FORMAT.format(form, **row) for form in (config.prompt, config.completion))
+                return Read(prompt + completion, prompt)
             if config.format == "chat":
                 return self._read_chat(row)
             if not isinstance(row[config.text], str):
                 raise DataError(f"{config.text} = {row[config.text]!r:.80}: must be a string. Mend the row")
             return Read(row[config.text])
-        except (TemplateError, LookupError, ValueError, TypeError) as error:
+        except ROW_ERRORS as error:
             remedy = "" if isinstance(error, DataError) else ": the template cannot take the row. Mend one of them"
             raise RowError(number, f"{error}{remedy}.") from error
 
@@ -112,22 +116,33 @@ class Encoder:
         column = chat_column(row, config)
         if row.get(column) is None:
             raise DataError(f"columns {[column]} are null or missing. Fill them, or take the row out")
-        tools = None if config.tools == "none" else row.get("tools" if config.tools == "auto" else config.tools)
-        turns = self._turns(bool(tools))
-        chat = read_chat(row[column], tools, column, turns.template)
-        rendered = turns.render(chat, config.loss_on)
-        if rendered.learned and turns.template.marks_generation:
+        tools = read_tools(self._tools(row))
+        template = self._template(bool(tools))
+        chat = read_chat(_with_system(row, column), tools, column, template)
+        rendered = render_chat(template, chat, config.loss_on)
+        if rendered.learned and template.marks_generation:
             self._refuse_open_end(rendered.text, rendered.learned)
         said = [m["content"] for m in chat.messages if m["role"] != "assistant" and m.get("content")]
         control = any(self._control.search(text) for text in said)
         return Read(rendered.text, None, rendered.learned, rendered.dropped_thoughts, control)
 
-    def _turns(self, tools: bool) -> Turns:
-        """Of the template for chats with or without tools: a tokenizer may have two."""
-        if tools not in self._made:
+    def _tools(self, row: Mapping[str, Any]) -> Any:
+        """As the row holds them; of the older kind, `functions`, as tools."""
+        if self.config.tools == "none":
+            return None
+        if self.config.tools != "auto":
+            return row.get(self.config.tools)
+        functions = row.get("functions")
+        if row.get("tools") is not None or not isinstance(functions, list):
+            return row.get("tools")
+        return [{"type": "function", "function": function} for function in functions]
+
+    def _template(self, tools: bool) -> Template:
+        """For chats with or without tools: a tokenizer may have two."""
+        if tools not in self._templates:
             source = self.tokenizer.get_chat_template(tools=[{}] if tools else None)
-            self._made[tools] = Turns(Template(source, self.tokenizer.special_tokens_map, self.date))
-        return self._made[tools]
+            self._templates[tools] = Template(source, self.tokenizer.special_tokens_map, self.date)
+        return self._templates[tools]
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
@@ -136,21 +151,32 @@ class Encoder:
         names = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, filter(None, names))) or "(?!)")
 
+    @functools.cached_property
+    def _control_next(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*({self._control.pattern})")
+
+    @functools.cached_property
+    def _swallowing(self) -> dict[int, str]:
+        """Special tokens that take the blanks behind them, by id."""
+        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip}
+
     def _refuse_open_end(self, text: str, learned: Sequence[Span]) -> None:
         """A model that never learns a turn's end never stops."""
         for begin, end in learned:
             ended = [found.end() for found in self._control.finditer(text, begin, end)]
-            follows = self._control.match(text, end + len(text[end:]) - len(text[end:].lstrip()))
+            follows = self._control_next.match(text, end)
             if follows and (not ended or text[ended[-1] : end].strip()):
-                rule = f"the chat template's generation block ends before the turn's end token {follows[0]}"
+                rule = f"the chat template's generation block ends before the turn's end token {follows[1]}"
                 raise DataError(f"{rule}, so the model would not learn to stop. Move endgeneration behind it")
 
     def _samples(self, reads: Sequence[Read]) -> list[dict[str, Any]]:
         """Ids and labels of texts, all tokenised at once."""
         special = self.config.format != "chat"  # a chat's special tokens are all in its template
         if self.config.format == "completion" and self.config.loss_on == "completion":
-            ids = iter(self.ids([text for read in reads for text in (read.text, read.prompt or "")], special))
-            return [self._sample(whole := next(ids), _common_prefix(next(ids), whole)) for _ in reads]
+            ids = self.ids([text for read in reads for text in (read.text, read.prompt or "")], special)
+            # The prompt by itself, as generation sees it: its last token may be another in the whole.
+            pairs = zip(ids[::2], ids[1::2], strict=True)
+            return [self._sample(whole, _common_prefix(prompt, whole)) for whole, prompt in pairs]
         if self.config.format != "chat" or not self.tokenizer.is_fast:
             texts = self.ids([read.text for read in reads], special)
             return [
@@ -186,9 +212,18 @@ class Encoder:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         found = self.tokenizer(texts, return_offsets_mapping=True, **options)
         return [
-            (ids, np.maximum.accumulate([0, *(end for _, end in offsets)])[1:])
-            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+            (ids, np.maximum.accumulate([0, *self._ends(text, ids, offsets)])[1:])
+            for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True)
         ]
+
+    def _ends(self, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[int]:
+        """Where tokens end, without the blanks that some special tokens take from what follows."""
+        ends = [end for _, end in offsets]
+        if self._swallowing:
+            for k, (i, (begin, end)) in enumerate(zip(ids, offsets, strict=True)):
+                if content := self._swallowing.get(i):
+                    ends[k] = min(end, text.index(content, begin) + len(content))
+        return ends
 
     def _head(self, text: str) -> str:
         """What ``max_length`` needs of a text, up to a special token: those before it do not depend on the rest."""
@@ -227,6 +262,14 @@ def _lists(rows: Sequence[np.ndarray]) -> pyarrow.Array:
 
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pyarrow.ListArray.from_arrays(offsets, np.concatenate(rows))
+
+
+def _with_system(row: Mapping[str, Any], column: str) -> Any:
+    """A row's messages, with the system prompt that ShareGPT rows have in a column of its own."""
+    messages, system = row[column], row.get("system")
+    if column != "conversations" or not isinstance(messages, list) or not isinstance(system, str) or not system:
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def chat_column(row: Mapping[str, Any], config: DataConfig) -> str:

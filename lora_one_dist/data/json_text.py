@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import secrets
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import numpy as np
 
 BLANK = b" \t\r\n"
 SCANNED = 2**26  # bytes looked through at once
-_NUMBER_MARK = "\0"  # JSON writes it as six characters: no text of a user can look like a marked number
-_MARKED_NUMBER = re.compile(r'"\\u0000([^"\\]*)\\u0000"')
+_NUMBER_MARK = secrets.token_hex(16)  # no text of a user looks like a marked number
+_MARKED_NUMBER = re.compile(f'"{_NUMBER_MARK}([^"]*)"')
 
 
 class KeptNumber(float):
@@ -113,9 +115,18 @@ def encode(
     return _MARKED_NUMBER.sub(r"\1", text)
 
 
+class Format(string.Formatter):
+    """As str.format, but JSON's other values as JSON: true, not True, where no form is asked for."""
+
+    def format_field(self, value: Any, form: str) -> str:
+        return (
+            encode(value) if not form and isinstance(value, bool | dict | list) else super().format_field(value, form)
+        )
+
+
 def _with_marked_numbers(value: Any) -> Any:
     if isinstance(value, KeptNumber):
-        return f"{_NUMBER_MARK}{value}{_NUMBER_MARK}"
+        return f"{_NUMBER_MARK}{value}"
     if isinstance(value, Mapping):
         return {key: _with_marked_numbers(inner) for key, inner in value.items()}
     return [_with_marked_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,11 +47,13 @@ def cached(rows: Rows, encoder: Encoder, workers: int, say: Callable[[str], None
     path = folder / f"{key(rows, encoder)}.arrow"
     if path.is_file():
         return path
-    partial = folder / f"{path.stem}.{socket.gethostname()}.{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{path.stem}.{uuid.uuid4().hex}"  # of this writer alone, whatever host or container it is on
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             _write(_tables(rows, encoder, workers), len(rows), file, say)
+            file.flush()
+            os.fsync(file.fileno())  # a host that fails leaves no half of it under the name
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -94,7 +96,7 @@ def _write(tables: Iterator[pyarrow.Table], count: int, file: Any, say: Callable
             writer = pyarrow.ipc.new_stream(file, table.schema)
         writer.write_table(table)
         rows += len(table)
-        tokens += table["input_ids"].combine_chunks().flatten().__len__()
+        tokens += len(table["input_ids"].combine_chunks().flatten())
         now = time.monotonic()
         if say is not None and now - told >= TELL_EVERY:
             told = now

@@ -56,10 +56,11 @@ class Template:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self.compiled = environment.from_string(source)
+        self._tree = environment.parse(source)
 
     def reads(self, name: str) -> bool:
-        """Does the template's text hold this name?"""
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        """Does the template use this name, for a variable, an attribute or a text?"""
+        return name in self._names or name in self.literals
 
     @property
     def marks_generation(self) -> bool:
@@ -67,20 +68,36 @@ class Template:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
     @functools.cached_property
+    def literals(self) -> list[str]:
+        """The texts in its expressions, which it may look for in a content."""
+        found = self._tree.find_all(jinja2.nodes.Const)
+        return sorted({node.value for node in found if isinstance(node.value, str) and node.value.strip()})
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        variables = {node.name for node in self._tree.find_all(jinja2.nodes.Name)}
+        return variables | {node.attr for node in self._tree.find_all(jinja2.nodes.Getattr)}
+
+    @functools.cached_property
     def takes_text_arguments(self) -> bool:
         """Does it add a call's arguments to strings, so that they must be JSON text and not an object?"""
         arguments = {"key": "value"}
-        call = {"id": "call00000", "type": "function", "function": {"name": "name", "arguments": arguments}}
-        probe: list[dict[str, Any]] = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        try:
-            return str(arguments) in self.render(probe)[0]
-        except jinja2.TemplateError:
+        as_object = self._with_call(arguments)
+        if as_object is not None and str(arguments) not in as_object:
             return False
-        except TypeError:
-            return True
+        return self._with_call(json_text.encode(arguments)) is not None
+
+    def _with_call(self, arguments: Any) -> str | None:
+        """A chat with a call; None: the template does not take it."""
+        function = {"name": "name", "arguments": arguments}
+        parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "key"}}}
+        tool = {"type": "function", "function": {"name": "name", "description": "name", "parameters": parameters}}
+        call = {"id": "call00000", "type": "function", "function": function}
+        asked = {"role": "user", "content": "q"}
+        try:
+            return self.render([asked, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool])[0]
+        except Exception:  # it may raise anything at what it does not expect
+            return None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, add_generation_prompt: bool = False

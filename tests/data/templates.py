@@ -67,5 +67,29 @@ GEMMA = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 TEMPLATES = {"llama3": LLAMA3, "qwen2.5": QWEN25, "qwen3": QWEN3, "mistral": MISTRAL, "gemma": GEMMA}
+QWQ = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GLM = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>"
+    "{{ m.reasoning_content if loop.index0 > ns.last }}</think>{% endif %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+HEADLESS = "{% for m in messages %}{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+REMINDING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'remember\\n' if loop.index0 % 4 == 0 }}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt }}"
+)
+NO_THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\\n\\n</think>\\n\\n' if '/no_think' in messages[-1].content }}{% endif %}"
+)
+# Thoughts left out of all turns but the last; empty thoughts in earlier turns; no heads; a line before some questions;
+# a generation prompt that looks at the question.
+ODD = {"qwq": QWQ, "glm": GLM, "headless": HEADLESS, "reminding": REMINDING, "no_think": NO_THINK}
 SPECIAL = ["<|head|>", "<|/head|>", "<|eot|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 SPECIAL += ["<start_of_turn>", "<end_of_turn>"]

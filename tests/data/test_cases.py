@@ -14,7 +14,9 @@ import random
 import time
 
 import pytest
+from tokenizers import AddedToken
 
+from lora_one_dist.data.chat import FEW
 from lora_one_dist.data.encode import Encoder
 from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.messages import read_chat
@@ -22,7 +24,7 @@ from lora_one_dist.data.rows import Chunk, load_rows
 from lora_one_dist.data.samples import tokenize
 from lora_one_dist.data.template import Template
 from tests.data.helpers import build_tokenizer, config, turns, typed, write
-from tests.data.templates import QWEN3, SPECIAL, TEMPLATES
+from tests.data.templates import ODD, QWEN3, SPECIAL, TEMPLATES
 
 DAY = datetime.date(2026, 1, 2)
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
@@ -217,6 +219,38 @@ LEARNED = {
             ]
         ],
     ),
+    "a call that is quoted later": (
+        "qwen2.5",
+        [
+            asked(
+                call({"code": "a\nb"}),
+                {"role": "tool", "content": "did"},
+                {"role": "assistant", "content": "I ran a\nb"},
+            )
+        ],
+        {},
+        [[QWEN_CALL.replace('"town": "Pau"', '"code": "a\\nb"'), "I ran a\nb<|im_end|>\n"]],
+    ),
+    "a text that looks like a number": (
+        "qwen2.5",
+        [asked(call({"code": "\0x\0"}))],
+        {},
+        [[QWEN_CALL.replace('"town": "Pau"', r'"code": "\u0000x\u0000"')]],
+    ),
+    "no tools, as text": ("qwen2.5", [asked(turns("", "x")[1], tools="[]")], {}, [["x<|im_end|>\n"]]),
+    "functions": ("qwen2.5", [asked(call({"town": "Pau"}), functions=[TOOL["function"]])], {}, [[QWEN_CALL]]),
+    "fields that hold nothing": (
+        "gemma",
+        [{"messages": [t | {"tool_calls": [], "reasoning_content": "", "annotations": []} for t in turns("q", "x")]}],
+        {},
+        [["x<end_of_turn>\n"]],
+    ),
+    "ShareGPT's system": (
+        "qwen2.5",
+        [{"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "model", "value": "x"}]}],
+        {"loss_on": "all"},
+        [["<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n"]],
+    ),
     "a system prompt that moves": (
         "mistral",
         [{"messages": [{"role": "system", "content": "s"}, *turns("q", "x", "r", "y")]}],
@@ -312,6 +346,47 @@ REFUSED = {
         "qwen3",
         "rewrites earlier turns.*data.loss_on: last",
     ),
+    "the second of two calls": (
+        [turns("q")[0], {**call(None), "tool_calls": [call({"town": "Pau", "n": n})["tool_calls"][0] for n in (1, 2)]}],
+        "llama3",
+        "message 2 has the role 'assistant', whose text 'weather'",
+    ),
+    "role of a letter": (
+        [{"role": "developer", "content": "s"}, *turns("q", "x")],
+        "qwen2.5",
+        "message 1 has the role 'developer', whose text 's'",
+    ),
+    "a call as a role": (
+        [turns("q")[0], {"role": "function_call", "content": "x"}],
+        "gemma",
+        "Give it the role assist",
+    ),
+    "a key of the template's comments": (
+        [turns("q")[0], {"role": "assistant", "content": "x", "mood": "bad"}],
+        "{# mood #}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}",
+        "has 'mood', which the chat template never reads",
+    ),
+    "two thoughts": (
+        [turns("q")[0], {"role": "assistant", "content": "x", "thinking": "a", "reasoning_content": "b"}],
+        "qwen3",
+        "different thoughts in",
+    ),
+    "thoughts of the answer itself": (
+        turns("q", "<think>hm</think>x"),
+        "{% for m in messages %}{{ m.role }}{{ m.content.split('</think>')[-1] }}{% endfor %}",
+        "message 2 has thoughts that the chat template drops",
+    ),
+    "a prompt of thoughts": (
+        turns("q", "x"),
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+        "{{ 'assistant<think>' if add_generation_prompt }}",
+        "message 2: the chat template's generation prompt is not how the turn begins .* or set data.loss_on: all",
+    ),
+    "too deep": (
+        [turns("q")[0], call(json.loads('{"a":' * 900 + "1" + "}" * 900))],
+        "qwen2.5",
+        "row 0",
+    ),
     "nobody answers": (turns("q"), "gemma", r"none of 1 rows has a token to learn: the first has the roles \['user'\]"),
 }
 
@@ -337,6 +412,36 @@ GENERATION = (
 )
 
 
+def test_tools_that_are_none(tmp_path):
+    rows = load_rows(write(tmp_path / "rows.jsonl", [asked(call({}), tools=[{"function": "f"}])]), "train", None)
+    with pytest.raises(DataError, match="must be a list of tools, or JSON text of one"):
+        targets(rows, of_family("qwen2.5"), format="chat")
+
+
+def test_a_template_that_cannot_do_without_tools_gets_objects(tmp_path):
+    source = f"{{% for t in tools %}}{{{{ t | tojson }}}}{{% endfor %}}{TEMPLATES['qwen2.5']}"
+    rows = load_rows(write(tmp_path / "rows.jsonl", [asked(call({"town": "Pau"}), tools=[TOOL])]), "train", None)
+    assert targets(rows, of_family(source), format="chat")[0] == [[QWEN_CALL]]
+
+
+def test_a_special_token_that_takes_the_blanks_behind_it_is_no_target(tmp_path):
+    tokenizer = of_family("gemma")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt }}"
+    )
+    tokens = [AddedToken(name, rstrip=True, special=True) for name in ("<|user|>", "<|assistant|>", "<|end|>")]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    rows = load_rows(write(tmp_path / "rows.jsonl", [{"messages": turns("q", " x", "r", "y")}]), "train", None)
+    assert targets(rows, tokenizer, format="chat")[0] == [["x<|end|>", "y<|end|>"]]
+
+
+def test_other_values_of_json_are_json_in_a_completion(tmp_path):
+    values = [True, {"a": [True, None, 1.5]}, ["x"]]
+    rows = load_rows(write(tmp_path / "r.jsonl", [{"prompt": "q", "completion": v} for v in values]), "train", None)
+    assert targets(rows, build_tokenizer())[0] == [[f"{json.dumps(value)}</s>"] for value in values]
+
+
 def test_a_template_s_own_mask(tmp_path):
     rows = load_rows(write(tmp_path / "rows.jsonl", [{"messages": turns("q", "x", "r", "y")}]), "train", None)
     assert targets(rows, of_family(GENERATION), format="chat")[0] == [["x<|im_end|>", "y<|im_end|>"]]
@@ -356,7 +461,7 @@ def test_control_tokens_and_dropped_thoughts_are_counted(tmp_path):
 # ---------------------------------------------------------------- any chat of any template
 
 
-def chats(name, count=60):
+def chats(name, count=60, rounds=(1, 4)):
     """Random chats that the family takes: questions, answers, thoughts, calls and blanks at their ends."""
     generator = random.Random(name)
 
@@ -369,8 +474,11 @@ def chats(name, count=60):
         messages = []
         if name not in ("gemma",) and generator.random() < 0.4:
             messages.append({"role": "system", "content": said()})
-        for _ in range(generator.randint(1, 4)):
+        has_thoughts = generator.random() < 0.5
+        for _ in range(generator.randint(*rounds)):
             messages.append({"role": "user", "content": said()})
+            if name == "no_think" and generator.random() < 0.1:
+                messages[-1]["content"] += "/no_think"
             if name.startswith("qwen") and generator.random() < 0.5:
                 town = {"role": "assistant", "content": generator.choice(["", said()])}
                 calls = [{"function": {"name": "f" + generator.choice("ab"), "arguments": {"k": said(), "n": 1.5}}}]
@@ -379,7 +487,9 @@ def chats(name, count=60):
                     *[{"role": "tool", "content": said()}] * generator.randint(1, 2),
                 ]
             messages.append({"role": "assistant", "content": said()})
-            if name == "qwen3" and generator.random() < 0.5:
+            if name == "glm" and generator.random() < 0.3 * has_thoughts:
+                messages[-1]["reasoning_content"] = said()
+            if name in ("qwen3", "qwq") and generator.random() < 0.5 * has_thoughts:
                 messages[-1]["content"] = f"<think>\n{said()}\n</think>\n\n{said()}"
         yield messages
 
@@ -400,26 +510,29 @@ def learned_by_beginnings(messages, tokenizer, loss_on):
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "last"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", TEMPLATES | ODD)
 def test_turns_are_those_of_the_beginnings(name, loss_on):
-    """One encoder for all chats, as in a run: what it remembers of one must be right for the others."""
-    tokenizer = of_family(TEMPLATES[name].replace("strftime_now('%d %b %Y')", "'a day'"))
+    """Also of long chats, of which not every beginning is rendered."""
+    tokenizer = of_family((TEMPLATES | ODD)[name].replace("strftime_now('%d %b %Y')", "'a day'"))
     encoder = Encoder(tokenizer, config(format="chat", loss_on=loss_on), DAY)
-    rewritten = 0
-    for messages in chats(name):
+    rewritten, taken = 0, 0
+    for messages in itertools.chain(chats(name), chats(name, 40, (FEW + 1, 20))):
         given = copy.deepcopy(messages)
         whole, spans = learned_by_beginnings(messages, tokenizer, loss_on)
         if spans is None:
             rewritten += 1
-            with pytest.raises(DataError, match="rewrites earlier turns"):
+            with pytest.raises(DataError, match=r"rewrites earlier turns|generation prompt is not how the turn begins"):
                 encoder.read({"messages": messages}, 0)
             continue
         for _ in range(3):
             read = encoder.read({"messages": messages}, 0)
             assert (read.text, read.learned) == (whole, spans), messages
+        taken += 1
         assert messages == given, "the row itself is left alone"
     # Qwen 3 gives empty thoughts to a call that ends a beginning, also after the last question.
-    assert (rewritten > 0) == (name == "qwen3" or (name == "mistral" and loss_on == "completion"))
+    rewriting = {"completion": {"qwen3", "mistral", "qwq", "glm", "no_think"}, "last": {"qwen3", "no_think"}}
+    assert (rewritten > 0) == (name in rewriting[loss_on])
+    assert taken > 5
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
