@@ -1,7 +1,7 @@
-"""The files of a base model: which they are, whether they fit the model, and where each tensor lies in them.
+"""The files of a base model: which they are, and whether they fit the model.
 
-In: a folder and a skeleton (:mod:`skeleton`).  Out: a :class:`~lora_one_dist.disk.weights.TensorSource` a tensor, or
-the reason why the files are refused.  Reads headers and no values; not collective.
+In: a folder and a skeleton (:mod:`skeleton`).  Out: paths, or the reason why the files are refused.  Reads headers and
+no values; not collective.
 """
 
 from __future__ import annotations
@@ -134,24 +134,3 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     if not (isinstance(held, dict) and all(isinstance(tensor, torch.Tensor) for tensor in held.values())):
         raise ModelError(f"{path}: holds no mapping of names to tensors. Convert it with save_pretrained.")
     return {name: tensor.to("meta") for name, tensor in held.items()}
-
-
-def tensor_sources(files: Sequence[Path], model: Any) -> dict[str, weights.TensorSource] | None:
-    """Find every parameter and persistent buffer in safetensors files, by headers alone; None if not one to one."""
-    found: dict[str, weights.TensorSource] = {}
-    for path in files:
-        found |= weights.read_header(path)
-    state = model.state_dict(keep_vars=True)
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    wanted = {}
-    for names in names_of.values():
-        present = next((name for name in names if name in found), "")
-        source = found.get(present)
-        if source is None or source.kind not in weights.BASE_DTYPES or source.shape != tuple(state[present].shape):
-            return None
-        wanted[present] = source
-    known = set(state) | {name for name, _ in model.named_buffers()}
-    extra = {name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq")}
-    return None if extra else wanted

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lora_one_dist.base import sharding
-from lora_one_dist.base.files import refuse_missing, refuse_unfit, tensor_sources, weight_files
+from lora_one_dist.base.files import refuse_missing, refuse_unfit, weight_files
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
-from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton
+from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton, fp8_block
+from lora_one_dist.base.sources import NotSliceableError, find_sources
 from lora_one_dist.base.targets import Target, find_targets
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import DeepSpeedConfig, LoraConfig, ModelConfig
@@ -33,8 +34,12 @@ class Plan:
     skeleton: Any
     """transformers model with parameters on the meta device."""
     targets: list[Target]
-    sources: dict[str, weights.TensorSource] | None
-    """Where each tensor's values lie, or None where names do not map one to one."""
+    sources: dict[str, list[weights.Part]] | None
+    """Where each tensor's values lie, or None where ``from_pretrained`` must make them."""
+    not_sliced: str = ""
+    """Why ``from_pretrained`` must."""
+    ignored: tuple[str, ...] = ()
+    """Tensors of the files that the model does not have."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -49,21 +54,28 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     """
     skeleton = build_skeleton(config, folder)
     targets = find_targets(skeleton, lora, rank_needed)
-    files = weight_files(folder, config.allow_pickle)
+    files, block = weight_files(folder, config.allow_pickle), fp8_block(folder, config.path)
     blocks_asked(config.recompute, most_blocks(skeleton))
-    sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
-    if sources is None:
+    try:
+        if files[0].suffix == ".bin":
+            raise NotSliceableError("pickles are read whole")
+        found = find_sources(files, skeleton, block)
+    except NotSliceableError as error:
+        if block is not None:
+            remedy = "Fetch it again, or give the unquantised model"
+            raise ModelError(f"model.path = {config.path}: its 8-bit floats do not fit: {error}. {remedy}.") from error
         refuse_unfit(config, skeleton, files)
-    return Plan(folder, skeleton, targets, sources)
+        return Plan(folder, skeleton, targets, None, str(error))
+    return Plan(folder, skeleton, targets, found.parts, ignored=tuple(found.ignored))
 
 
 def check_loadable(planned: Plan, shard_group: str) -> None:
     """Raise ModelError if the base cannot be sharded inside each host, as the config asks.  Pure."""
     if planned.sources is None and shard_group == "node":
         raise ModelError(
-            "deepspeed.shard_group = node: needs tensors that can be read one by one, but the names or shapes in "
-            f"{planned.folder} do not match the model's one to one (fused or renamed weights), and from_pretrained "
-            "reads on global rank 0 only. Use shard_group: world, or save the model under its own names."
+            f"deepspeed.shard_group = node: needs tensors that can be read by slices, but of {planned.folder} "
+            f"{planned.not_sliced}, and from_pretrained reads on global rank 0 only. Use shard_group: world, or save "
+            "the model again with save_pretrained."
         )
 
 
@@ -74,7 +86,7 @@ def load(
     micro_batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> sharding.Base:
-    """Load the frozen base: by slices where names map one to one, else by ``from_pretrained``.  Collective.
+    """Load the frozen base: by slices, or where that cannot be by ``from_pretrained``.  Collective.
 
     Args:
         progress: told how many tensors of how many are done.

@@ -19,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import deepspeed
@@ -34,7 +35,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from lora_one_dist.base.blocks import blocks
 from lora_one_dist.cluster import comm
-from lora_one_dist.disk.weights import TensorSource, WeightsError
+from lora_one_dist.disk.weights import Part, Scales, TensorSource, WeightsError
 
 # DeepSpeed picks its accelerator when it is imported.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +139,7 @@ def start_deepspeed() -> None:
 
 def load_slices(
     skeleton: nn.Module,
-    sources: Mapping[str, TensorSource],
+    sources: Mapping[str, Sequence[Part]],
     device: torch.device,
     ds_config: dict | None,
     shard_group: str,
@@ -160,7 +161,9 @@ def load_slices(
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied names share one parameter
     num_parameters = len(list(skeleton.parameters()))
     with comm.all_or_none("reading the base"), contextlib.ExitStack() as stack, torch.no_grad():
-        files = {path: stack.enter_context(path.open("rb")) for path in {source.path for source in sources.values()}}
+        held = [source for parts in sources.values() for part in parts for source in part.sources]
+        paths = {source.path for source in held}
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
         for prefix, module in skeleton.named_modules():
             for key, meta in list(module.named_parameters(recurse=False)):
                 name = f"{prefix}.{key}" if prefix else key
@@ -168,7 +171,7 @@ def load_slices(
                     param = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=False)
                     if init is not None:
                         init._convert_to_zero_parameters([param])
-                    _read_own(param, sources[name], files[sources[name].path])
+                    _read_own(param, sources[name], files)
                     filled[meta] = param
                     progress(len(filled), num_parameters)
         for module in skeleton.modules():
@@ -178,7 +181,7 @@ def load_slices(
                 module._buffers[key] = buffer.to(device)
         for name, buffer in skeleton.named_buffers():
             if name in sources:
-                _read_own(buffer, sources[name], files[sources[name].path])
+                _read_own(buffer, sources[name], files)
     if ds_config is None:
         return Base(skeleton, copies=comm.world_size())
     return _initialize(skeleton, ds_config, comm.num_hosts() if shard_group == "node" else 1)
@@ -263,13 +266,25 @@ def _slabs(start: int, stop: int, row: int, element_size: int) -> Iterator[tuple
         yield top, bottom, max(start, top * row), min(stop, bottom * row)
 
 
-def _read_own(param: Any, source: TensorSource, file: BinaryIO) -> None:
-    """Fill what this rank holds of a parameter: its own bytes of the file and no others, a slab at a time."""
+def _read_own(param: Any, parts: Sequence[Part], files: Mapping[Path, BinaryIO]) -> None:
+    """Fill what this rank holds of a parameter: its own bytes of the files and no others, a slab at a time."""
     own, start = _own_range(param)
+    for part in parts:
+        first, last = max(start, part.at), min(start + own.numel(), part.at + part.count)
+        if first < last:
+            skipped = part.start + first - part.at
+            if part.scales is None:
+                _read_run(own[first - start : last - start], part.source, skipped, files[part.source.path])
+            else:
+                _read_scaled(own[first - start : last - start], part.source, skipped, part.scales, files)
+
+
+def _read_run(own: torch.Tensor, source: TensorSource, skipped: int, file: BinaryIO) -> None:
+    """Fill a flat tensor with successive elements of a source, from the one numbered ``skipped``."""
     in_place = own.device.type == "cpu" and own.dtype == source.dtype
-    assert source.dtype is not None, f"{source}: refused by model.tensor_sources"
+    assert source.dtype is not None, f"{source}: refused by sources.find_sources"
     size = source.dtype.itemsize
-    file.seek(source.offset + start * size)
+    file.seek(source.offset + skipped * size)
     for slab in own.split(SLAB_BYTES // size):
         target = slab if in_place else torch.empty(slab.numel(), dtype=source.dtype)
         view: Any = target.view(torch.uint8).numpy()
@@ -277,6 +292,23 @@ def _read_own(param: Any, source: TensorSource, file: BinaryIO) -> None:
             raise WeightsError(f"{file.name}: ended early; it changed after its header was read.")
         if not in_place:
             slab.copy_(target)
+
+
+def _read_scaled(
+    own: torch.Tensor, source: TensorSource, skipped: int, scales: Scales, files: Mapping[Path, BinaryIO]
+) -> None:
+    """As :func:`_read_run`, of 8-bit values times their blocks' scales: in fp32, rounded once."""
+    factors = torch.empty(scales.source.shape, dtype=scales.source.dtype)
+    _read_run(factors.view(-1), scales.source, 0, files[scales.source.path])
+    factors, n = factors.float(), source.shape[1]
+    assert source.dtype is not None, f"{source}: refused by sources.find_sources"
+    values = torch.empty(min(own.numel(), SLAB_BYTES // 16), dtype=source.dtype)  # indices of 8 bytes beside each
+    for slab in own.split(values.numel()):
+        held = values[: slab.numel()]
+        _read_run(held, source, skipped, files[source.path])
+        at = torch.arange(skipped, skipped + slab.numel())
+        slab.copy_(held.float().mul_(factors[at // n // scales.rows, at % n // scales.columns]))
+        skipped += slab.numel()
 
 
 def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -40,11 +41,8 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
         raise ModelError(
             f"model.path = {config.path}: its config.json is refused: {cause_of(error)}. Fetch it again, or correct it."
         ) from error
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"model.path = {config.path}: is quantised; its weights have no exact gradient here and 8-bit ZeRO-3 is "
-            "unproved. Give the unquantised model."
-        )
+    if fp8_block(folder, config.path) is not None:
+        del hf_config.quantization_config  # its values are dequantised while they are read
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
@@ -60,7 +58,41 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
             f"{config.attn_implementation}: {cause_of(error)}. Correct the file, or take another attn_implementation."
         ) from error
     skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
+    _as_loaded(skeleton, DTYPES[config.dtype])
     return skeleton
+
+
+def fp8_block(folder: Path, path: str) -> tuple[int, int] | None:
+    """(rows, columns) of a block that shares a scale in a checkpoint of 8-bit floats; None: it holds whole values.
+
+    Raises ModelError: it is quantised in another way.
+    """
+    asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not asked:
+        return None
+    method, block = asked.get("quant_method"), asked.get("weight_block_size")
+    if method != "fp8" or not isinstance(block, list | tuple) or len(block) != 2:
+        raise ModelError(
+            f"model.path = {path}: is quantised ({method}); its weights have no exact gradient here. Of quantised "
+            "folders those of 8-bit floats with block scales are read (fp8, weight_block_size). Give the unquantised "
+            "model."
+        )
+    return int(block[0]), int(block[1])
+
+
+def _as_loaded(skeleton: Any, dtype: torch.dtype) -> None:
+    """What ``from_pretrained`` does and ``from_config`` does not: computed buffers are computed in fp32, and the
+    parameters that must stay in fp32 stay so."""
+    for module in skeleton.modules():
+        module._is_hf_initialized = False
+    skeleton.initialize_weights()  # of tensors without values it does nothing
+    kept = skeleton._get_dtype_plan(dtype)
+    if not kept:
+        return
+    names, plan_of, _ = build_glob_alternation(list(kept))
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        if found := names.search(name):
+            tensor.data = tensor.data.to(kept[plan_of[str(found.lastgroup)]])
 
 
 def _refuse_kind(config: ModelConfig, folder: Path) -> None:

@@ -53,6 +53,34 @@ class TensorSource:
         return FILE_DTYPES.get(self.kind)
 
 
+@dataclass(frozen=True)
+class Scales:
+    """What the 8-bit values of a matrix (m, n) are multiplied by, a number for each block of it."""
+
+    source: TensorSource
+    """(ceil(m / rows), ceil(n / columns)), fp32 or bf16."""
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of elements of a tensor in a file that is a run of another tensor's."""
+
+    source: TensorSource
+    start: int
+    """Number of its first element in the source."""
+    count: int
+    at: int
+    """Number of its first element in the tensor that it is a part of."""
+    scales: Scales | None = None
+
+    @property
+    def sources(self) -> list[TensorSource]:
+        """All that is read for it."""
+        return [self.source] if self.scales is None else [self.source, self.scales.source]
+
+
 def read_header(path: Path) -> dict[str, TensorSource]:
     """The tensors of a safetensors file by name, in the order of their values.  Reads no values.
 

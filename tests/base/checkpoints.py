@@ -42,10 +42,15 @@ def changed(folder: Path, tmp_path: Path, tensors=None, **config) -> Path:
     return copy
 
 
-def stored(source: weights.TensorSource) -> torch.Tensor:
-    raw = bytearray(source.path.read_bytes()[source.offset :])
-    count = int(torch.tensor(source.shape).prod())
-    return torch.frombuffer(raw, dtype=source.dtype, count=count).view(source.shape)
+def stored(parts: list[weights.Part]) -> torch.Tensor:
+    """The values of a tensor, flat."""
+    return torch.cat([_stored(part) for part in parts])
+
+
+def _stored(part: weights.Part) -> torch.Tensor:
+    source = part.source
+    raw = bytearray(source.path.read_bytes()[source.offset : source.offset + source.num_bytes])
+    return torch.frombuffer(raw, dtype=source.dtype)[part.start : part.start + part.count]
 
 
 def rename(held):

@@ -14,7 +14,7 @@ from lora_one_dist.base import loading
 from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.config.settings import LoraConfig, ModelConfig
 from tests import models
-from tests.base.checkpoints import Malicious, changed, pickled, plan, plan_of_pickle, rename, stored
+from tests.base.checkpoints import Malicious, changed, pickled, plan, plan_of_pickle, stored
 from tests.ranks import run_ranks
 
 
@@ -24,9 +24,9 @@ def test_plan_finds_every_value_without_reading_one(kind, model_folder):
     assert all(parameter.is_meta for parameter in found.skeleton.parameters())
     truth = dict(models.MODELS[kind]().named_parameters())  # a tied weight once
     assert found.sources.keys() == truth.keys()
-    assert len({source.path for source in found.sources.values()}) > 2, "in several shards"
-    for name, source in found.sources.items():
-        assert torch.equal(stored(source), truth[name]), name
+    assert len({part.source.path for parts in found.sources.values() for part in parts}) > 2, "in several shards"
+    for name, parts in found.sources.items():
+        assert torch.equal(stored(parts), truth[name].flatten()), name
 
 
 def test_tied_weight_may_be_stored_under_its_other_name_or_both(model_folder, tmp_path):
@@ -38,26 +38,36 @@ def test_tied_weight_may_be_stored_under_its_other_name_or_both(model_folder, tm
     save_file(held, head / "model.safetensors", metadata={"format": "pt"})
     sources = plan(head).sources
     assert "lm_head.weight" in sources
-    assert torch.equal(stored(sources["lm_head.weight"]), held["lm_head.weight"])
+    assert torch.equal(stored(sources["lm_head.weight"]), held["lm_head.weight"].flatten())
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        rename,
-        lambda held: {**held, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)},
-        lambda held: {**held, "model.norm.weight": torch.zeros(32, dtype=torch.int8)},
-    ],
-    ids=["renamed", "one too many", "another type"],
-)
-def test_tensors_that_do_not_map_one_to_one_take_the_other_road(tensors, model_folder, tmp_path):
-    assert plan(changed(model_folder("llama"), tmp_path, tensors)).sources is None
+def test_tensors_of_another_type_take_the_other_road(model_folder, tmp_path):
+    def of_bytes(held):
+        return {**held, "model.norm.weight": torch.zeros(32, dtype=torch.int8)}
+
+    planned = plan(changed(model_folder("llama"), tmp_path, of_bytes))
+    assert (planned.sources, planned.not_sliced) == (None, "model.norm.weight is stored as I8")
+    loading.check_loadable(planned, "world")
+    with pytest.raises(
+        ModelError, match=r"shard_group = node: .* by slices, but of .* model\.norm\.weight is stored as I8"
+    ):
+        loading.check_loadable(planned, "node")
+
+
+def test_what_the_model_does_not_have_is_named(model_folder, tmp_path):
+    def with_more(held):
+        return {**held, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)}
+
+    planned = plan(changed(model_folder("llama"), tmp_path, with_more))
+    assert planned.sources is not None
+    assert planned.ignored == ("model.layers.9.mlp.up_proj.weight",)
 
 
 def test_old_checkpoints_rotary_buffers_are_passed_over(model_folder, tmp_path):
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)}
     found = plan(changed(model_folder("llama"), tmp_path, lambda held: held | extra))
     assert found.sources.keys() == dict(models.llama().named_parameters()).keys()
+    assert found.ignored == ()
 
 
 # Files that are missing, damaged or of another model ------------------------------------------------------------------

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from lora_one_dist.base import loading, sharding
-from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import LoraConfig, ModelConfig
 from tests import models
-from tests.base.checkpoints import changed, ids, pickled, plan, rename
+from tests.base.checkpoints import changed, ids, pickled, rename
 from tests.ranks import run_ranks
 
 
-def logits_by_both_roads(folders, stage):
-    """Runs on a rank: the logits of the sliced road, then of ``from_pretrained``, which may read pickles."""
+def logits_by_both_roads(folders, stage, roads):
+    """Runs on a rank: the logits of each folder, by slices or by ``from_pretrained``, which may read pickles."""
     load_pretrained, partitioned_while_read = sharding.load_pretrained, []
 
     def watched(build, ds_config):
@@ -31,7 +30,7 @@ def logits_by_both_roads(folders, stage):
     sharding.load_pretrained = watched
     deepspeed = models.deepspeed_config("zero3" if stage else "stage0", stage3_param_persistence_threshold=600)
     found = []
-    for folder, sliced in zip(folders, (True, False), strict=True):
+    for folder, sliced in zip(folders, roads, strict=True):
         settings = ModelConfig(path=folder, dtype="fp32", recompute="none", allow_pickle=True)
         planned = loading.plan(Path(folder), settings, LoraConfig(r=4), 4)
         assert (planned.sources is not None) == sliced
@@ -43,7 +42,8 @@ def logits_by_both_roads(folders, stage):
             found.append(base.module(input_ids=ids().to(comm.device())).logits.cpu())
         names = [target.name for target in planned.targets]
         assert all(hasattr(base.module.get_submodule(name).weight, "ds_tensor") == (stage == 3) for name in names)
-    assert partitioned_while_read == [stage == 3], "once, and no rank holds the whole base"
+    pretrained = [stage == 3] * roads.count(False)
+    assert partitioned_while_read == pretrained, "no rank holds the whole base"
     return found
 
 
@@ -53,8 +53,8 @@ def test_names_that_do_not_map_load_to_the_same_logits(world_size, stage, pickle
     trunk = changed(model_folder("qwen2"), tmp_path, rename, architectures=["Qwen2Model"])
     folders = [str(model_folder("qwen2")), str(pickled(trunk, tmp_path, shards=2) if pickles else trunk)]
     truth = models.qwen2().eval()(input_ids=ids()).logits.detach()
-    for sliced, pretrained in run_ranks(world_size, logits_by_both_roads, folders, stage):
-        assert torch.equal(sliced, pretrained)
+    for sliced, other in run_ranks(world_size, logits_by_both_roads, folders, stage, (True, not pickles)):
+        assert torch.equal(sliced, other)
         # fp32 sums of 40 terms in the same kernels: equal but for their blocking.
         assert (sliced - truth).abs().max() <= 1e-5 * truth.abs().max()
 
@@ -93,13 +93,3 @@ def test_each_rank_holds_its_share_of_its_groups_copy(hosts, shard_group, shares
         assert torch.equal(logits, results[0][1])
         # fp32 sums of at most 72 terms in the same kernels: equal but for their blocking.
         assert (logits - truth).abs().max() <= 1e-5 * truth.abs().max()
-
-
-def test_base_whose_names_do_not_map_is_not_sharded_inside_hosts(model_folder, tmp_path):
-    one_to_one, renamed = (
-        plan(folder) for folder in (model_folder("llama"), changed(model_folder("llama"), tmp_path, rename))
-    )
-    loading.check_loadable(one_to_one, "node")
-    loading.check_loadable(renamed, "world")
-    with pytest.raises(ModelError, match=r"shard_group = node: needs .* one by one, but .* Use shard_group: world, or"):
-        loading.check_loadable(renamed, "node")

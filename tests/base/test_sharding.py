@@ -19,7 +19,7 @@ from tests import models
 from tests.disk import test_weights
 from tests.ranks import run_ranks
 
-tensors = test_weights.tensors
+tensors, whole = test_weights.tensors, test_weights.whole
 
 
 @pytest.mark.parametrize("slab_bytes", [4, 44, 16 * 2**20])
@@ -29,7 +29,7 @@ def test_slabs_and_casts(dtype, slab_bytes, tensors, monkeypatch):
     monkeypatch.setattr(sharding, "SLAB_BYTES", slab_bytes)
     parameter = torch.nn.Parameter(torch.zeros(37, 11, dtype=dtype), requires_grad=False)
     with path.open("rb") as file:
-        sharding._read_own(parameter, weights.read_header(path)["matrix"], file)
+        sharding._read_own(parameter, [whole(weights.read_header(path)["matrix"])], {path: file})
     assert torch.equal(parameter, values["matrix"].to(dtype))
 
 
@@ -38,7 +38,7 @@ def test_a_file_that_shrinks_is_noticed(tensors):
     source = weights.read_header(path)["matrix"]
     path.write_bytes(path.read_bytes()[: source.offset + 8])
     with path.open("rb") as file, pytest.raises(weights.WeightsError, match="ended early"):
-        sharding._read_own(torch.nn.Parameter(torch.zeros(37, 11), requires_grad=False), source, file)
+        sharding._read_own(torch.nn.Parameter(torch.zeros(37, 11), requires_grad=False), [whole(source)], {path: file})
 
 
 @pytest.mark.parametrize("slab_bytes", [44, 16 * 2**20])

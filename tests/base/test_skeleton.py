@@ -21,7 +21,7 @@ def test_skeleton_has_the_runs_dtype_and_attention(model_folder):
 
 def test_quantised_model_is_refused(model_folder, tmp_path):
     quantised = changed(model_folder("llama"), tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match=r"is quantised; .* Give the unquantised model"):
+    with pytest.raises(ModelError, match=r"is quantised \(gptq\); .* Give the unquantised model"):
         plan(quantised)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,11 @@ def tensors(tmp_path):
     return values, path
 
 
+def whole(source):
+    """A tensor as its own only part."""
+    return weights.Part(source, 0, math.prod(source.shape), 0)
+
+
 def test_header_gives_types_shapes_and_places(tensors):
     values, path = tensors
     sources = weights.read_header(path)
@@ -33,7 +40,7 @@ def test_header_gives_types_shapes_and_places(tensors):
         assert (sources[name].dtype, sources[name].shape) == (values[name].dtype, tuple(values[name].shape))
         parameter = torch.nn.Parameter(torch.zeros_like(values[name]), requires_grad=False)
         with path.open("rb") as file:
-            sharding._read_own(parameter, sources[name], file)
+            sharding._read_own(parameter, [whole(sources[name])], {path: file})
         assert torch.equal(parameter, values[name])
 
 

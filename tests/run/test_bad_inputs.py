@@ -25,7 +25,7 @@ from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig,
 from lora_one_dist.base import loading
 from lora_one_dist.cluster import comm
 from tests import models
-from tests.base.checkpoints import Malicious, changed, pickled, rename
+from tests.base.checkpoints import Malicious, changed, pickled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READERS = [  # everything that reads values of the base
@@ -505,8 +505,13 @@ def malicious(place: Place) -> list[str]:
     return ["model.allow_pickle=true"]
 
 
-def renamed_in_hosts(place: Place) -> list[str]:
-    place.copy(rename)
+def with_bytes(held):
+    """Tensors that cannot be read by slices."""
+    return held | {"model.norm.weight": held["model.norm.weight"].to(torch.int8)}
+
+
+def whole_in_hosts(place: Place) -> list[str]:
+    place.copy(with_bytes)
     place.json("stage3.json", {"zero_optimization": {"stage": 3}})
     return ["deepspeed.config=stage3.json", "deepspeed.shard_group=node"]
 
@@ -623,9 +628,9 @@ MODEL = {
         tensors(lambda held: {f"other.{i}": tensor for i, tensor in enumerate(held.values())}),
         ["hold no values for 39 tensors", "Give a complete checkpoint"],
     ),
-    "names that do not map, sharded in hosts": (
-        renamed_in_hosts,
-        ["deepspeed.shard_group = node: needs tensors that can be read one by one", "Use shard_group: world"],
+    "tensors that cannot be sliced, sharded in hosts": (
+        whole_in_hosts,
+        ["deepspeed.shard_group = node: needs tensors that can be read by slices", "Use shard_group: world"],
     ),
     "tokenizer too large": (
         more_tokens,
@@ -792,7 +797,7 @@ def test_bad_input_is_refused_before_a_weight_is_read(spoil, launch, parts, plac
 def test_a_good_input_comes_to_the_weights(reader, place, rank, monkeypatch, capsys):
     """So that the guard of the table is one."""
     if reader in ("lora_one_dist.base.sharding.load_pretrained", "transformers.modeling_utils.safe_open"):
-        place.copy(rename)
+        place.copy(with_bytes)
     guard(monkeypatch, [reader])
     with pytest.raises(WeightWasRead, match=reader):
         attempt(monkeypatch, [], None, capsys)
