@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("lora_one_dist", "tests", "ds_configs", "launch", "pyproject.toml")
+COPIED = ("lora_one_dist", "tests", "tools", "ds_configs", "launch", "pyproject.toml")
 AT_ONCE = 2  # errors tried at a time, each in a copy of its own
 
 
@@ -178,8 +178,8 @@ ERRORS = [
         "a parameter's whole copy not compensated",
         "base/sharding.py",
         (("    if gathered and ", "    if False and "),),
-        "initialise/test_pairs.py",
-        "base_and_loss and lora_ga",
+        "base/test_sharding.py",
+        "persistent",
     ),
     Planted(
         "sums over ranks in torch's order",
@@ -361,7 +361,7 @@ ERRORS = [
         "base/loading.py",
         (('planned.sources is None and shard_group == "node"', "False"),),
         "run/test_story.py",
-        "hosts_cannot_share",
+        "do_not_share",
     ),
     Planted(
         "a launcher ends well after a failure",
@@ -482,7 +482,7 @@ ERRORS = [
     Planted(
         "the logits' gradient lacks the target's part in the last rows",
         "base/head.py",
-        (("index, torch.full_like(normalizer, -1.0)", "index[:4], torch.full_like(normalizer[:4], -1.0)"),),
+        (("index, torch.full_like(total, -weight)", "index[:4], torch.full_like(total[:4], -weight)"),),
         "base/test_loss.py",
         "autograds",
     ),
@@ -561,7 +561,7 @@ ERRORS = [
     Planted(
         "a block more is recomputed than need be",
         "plan/memory.py",
-        (("    return next(fitting, most)\n", "    return min(most, next(fitting, most) + 1)\n"),),
+        (("count = next(fitting, most)\n", "count = min(most, next(fitting, most) + 1)\n"),),
         "plan/test_plan.py",
         "one_block_fewer",
     ),

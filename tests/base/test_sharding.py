@@ -15,7 +15,7 @@ from lora_one_dist.base.blocks import blocks
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.data import batches
 from lora_one_dist.disk import weights
-from tests import models
+from tests import models, reference
 from tests.disk import test_weights
 from tests.ranks import run_ranks
 
@@ -52,6 +52,34 @@ def test_add_low_rank_on_a_whole_weight(slab_bytes, monkeypatch):
     exact = before - 0.5 * B @ A
     assert torch.equal(weight, exact.bfloat16())
     assert squared_error == pytest.approx(float((exact.bfloat16().float() - exact).square().sum()), rel=1e-5)
+
+
+def changed_while_whole(folder):
+    """Runs on a rank: a persistent weight, what is added, and after that its whole copy and the ranks' shares."""
+    from tests.initialise.test_gradient import load_base
+
+    base, targets = load_base(folder, "zero3")
+    with torch.no_grad():
+        for _ in range(2):  # DeepSpeed keeps nothing of the first, whose order it records
+            loss_sum(base.module, batches.collate(models.samples(2), 0))
+    weights_of_targets = [base.module.get_submodule(target.name).weight for target in targets]
+    weight = next(weight for weight in weights_of_targets if weight.ds_persist)
+    before = weight.detach().clone()
+    assert tuple(before.shape) == tuple(weight.ds_shape), "the second pass leaves it whole"
+    generator = torch.Generator().manual_seed(1)
+    B, A = (torch.randn(*shape, generator=generator) for shape in ((before.shape[0], 3), (3, before.shape[1])))
+    sharding.add_low_rank(weight, B, A, -0.5)
+    whole = weight.detach().clone()
+    base.release_all()
+    with base.gathered([weight]):
+        return [tensor.cpu() for tensor in (before, -0.5 * B @ A, whole, weight.detach().clone())]
+
+
+def test_add_low_rank_on_a_persistent_weight_changes_its_whole_copy_and_the_shares(model_folder):
+    for before, change, whole, shares in run_ranks(2, changed_while_whole, model_folder("llama")):
+        expected = before.double() + change.double()
+        assert reference.relative(whole, expected) <= 1e-6  # fp32: one rounding of it and of the change
+        assert reference.relative(shares, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("path", sorted(Path("ds_configs").glob("*.json")), ids=lambda path: path.stem)
