@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, weight_files
@@ -21,6 +20,7 @@ from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_bl
 from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton, fp8_block
 from lora_one_dist.base.sources import NotSliceableError, find_sources
 from lora_one_dist.base.targets import Target, find_targets
+from lora_one_dist.base.towers import drop_towers, model_class
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import DeepSpeedConfig, LoraConfig, ModelConfig
 from lora_one_dist.disk import weights
@@ -99,7 +99,7 @@ def load(
         group = deepspeed.shard_group
         base = sharding.load_slices(planned.skeleton, planned.sources, comm.device(), ds_config, group, progress)
     else:
-        base = sharding.load_pretrained(lambda: _from_pretrained(config, planned.folder, ds_config is None), ds_config)
+        base = sharding.load_pretrained(lambda: _from_pretrained(config, planned, ds_config is None), ds_config)
     base.module.config.use_cache = False
     freeze_products(base.module)
     count = blocks_asked(config.recompute, most_blocks(base.module))
@@ -119,8 +119,9 @@ def is_partitioned(deepspeed: DeepSpeedConfig) -> bool:
     return comm.num_sharers(deepspeed.shard_group) > 1 or deepspeed.offloads
 
 
-def _from_pretrained(config: ModelConfig, folder: Path, whole: bool) -> nn.Module:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+def _from_pretrained(config: ModelConfig, planned: Plan, whole: bool) -> nn.Module:
+    folder = planned.folder
+    loaded: Any = model_class(planned.skeleton.config).from_pretrained(
         folder,
         dtype=DTYPES[config.dtype],
         attn_implementation=config.attn_implementation,
@@ -131,4 +132,5 @@ def _from_pretrained(config: ModelConfig, folder: Path, whole: bool) -> nn.Modul
     )
     model, report = loaded
     refuse_missing(config, report)
+    drop_towers(model)
     return model.to(comm.device()) if whole else model

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.core_model_loading import build_glob_alternation
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from lora_one_dist.base.towers import auto_class, drop_towers, model_class
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
@@ -46,7 +44,7 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch: initialising a tensor without elements
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = model_class(hf_config).from_config(
                 hf_config,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attn_implementation,
@@ -58,6 +56,7 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
             f"{config.attn_implementation}: {cause_of(error)}. Correct the file, or take another attn_implementation."
         ) from error
     skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
+    drop_towers(skeleton)
     _as_loaded(skeleton, DTYPES[config.dtype])
     return skeleton
 
@@ -106,7 +105,7 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
     kind, code = str(described.get("model_type")), described.get("auto_map")
     known = kind in CONFIG_MAPPING
     value = f"model.path = {config.path}: its model_type = {described.get('model_type')!r}"
-    causal = known and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = known and auto_class(kind, described.get("architectures")) is not None
     if isinstance(code, dict) and "AutoModelForCausalLM" in code and not causal:
         if not config.trust_remote_code:
             raise ModelError(

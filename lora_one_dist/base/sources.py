@@ -106,7 +106,8 @@ def _meetings(
         if target not in state and key in state:
             target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
         if target not in state:
-            extra.append(key)
+            if not target.startswith(model.towers_dropped):
+                extra.append(key)
             continue
         converter = by_pattern[pattern] if pattern is not None else None
         meeting = meetings.setdefault(target, _Meeting(converter))

@@ -18,7 +18,8 @@ import torch
 from lora_one_dist.adapters import peft_format, peft_settings
 from lora_one_dist.adapters.peft_format import Adapter, Layer, Rows
 from lora_one_dist.convert import files, vocabulary
-from lora_one_dist.convert.vocabulary import HEAD, Shards
+from lora_one_dist.convert.names import names_in_files
+from lora_one_dist.convert.vocabulary import Shards
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json
 
 
@@ -50,7 +51,7 @@ def plan(base: Path, adapter: Path, device: torch.device | str = "cpu") -> Plan:
     shards = files.model_shards(base)
     opened = peft_format.open_folder(adapter)
     notes = [f"{len(opened.layers)} layers of rank {_ranks(opened)} are added"]
-    opened = _under_names_of(shards, opened, notes)
+    opened = _under_names_of(base, shards, opened, notes)
     if opened.replaced:
         notes.append(f"replaced whole: {', '.join(sorted(opened.replaced))}")
     notes += [f"rows of {len(rows.tokens)} tokens are replaced in {name}" for name, rows in opened.rows.items()]
@@ -159,21 +160,25 @@ def _ranks(adapter: Adapter) -> str:
     return ", ".join(map(str, sorted({layer.r for layer in adapter.layers.values()}))) or "none"
 
 
-def _under_names_of(shards: Shards, adapter: Adapter, notes: list[str]) -> Adapter:
-    """The adapter under the base's names, where the base was saved without its first part (``transformer.``)."""
-    held = {name for tensors in shards.values() for name in tensors}
-    wanted = [*adapter.weights, *adapter.replaced, *adapter.rows]
-    heads = {name.partition(".")[0] for name in wanted if not name.startswith(f"{HEAD}.")}
-    if len(heads) != 1 or any(name in held for name in wanted if not name.startswith(f"{HEAD}.")):
+def _under_names_of(base: Path, shards: Shards, adapter: Adapter, notes: list[str]) -> Adapter:
+    """The adapter under the names that the base's files have, where transformers gives their tensors others."""
+    wanted = {*adapter.weights, *adapter.replaced, *adapter.rows}
+    if wanted <= {name for tensors in shards.values() for name in tensors}:
         return adapter
-    prefix = f"{heads.pop()}."
-    if any(name.startswith(prefix) for name in held) or not any(name.removeprefix(prefix) in held for name in wanted):
-        return adapter
-    notes.append(f"the base's names lack the leading {prefix}, which is taken off the adapter's")
-    layers = {name.removeprefix(prefix): layer for name, layer in adapter.layers.items()}
-    replaced = {name.removeprefix(prefix): tensor for name, tensor in adapter.replaced.items()}
-    rows = {name.removeprefix(prefix): value for name, value in adapter.rows.items()}
+    names = names_in_files(base)
+    others = sorted(name for name in wanted if names.get(name, name) != name)
+    if not others:
+        return adapter  # what is missing is named below
+    notes.append(f"{len(others)} tensors have other names in the base's files: {others[0]} is {names[others[0]]}, ...")
+    layers = {_layer_in_files(name, layer, names): layer for name, layer in adapter.layers.items()}
+    replaced = {names.get(name, name): tensor for name, tensor in adapter.replaced.items()}
+    rows = {names.get(name, name): value for name, value in adapter.rows.items()}
     return Adapter(adapter.where, adapter.config, layers, replaced, rows)
+
+
+def _layer_in_files(name: str, layer: Layer, names: Mapping[str, str]) -> str:
+    weight = f"{name}.{layer.parameter}"
+    return names.get(weight, weight).removesuffix(f".{layer.parameter}")
 
 
 def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:

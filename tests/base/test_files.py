@@ -166,7 +166,8 @@ def test_malicious_pickle_is_not_run(old_format, model_folder, tmp_path, monkeyp
     with pytest.raises(ModelError, match=r"pytorch_model.bin: (refers to \S*(getattr|Path)|cannot be read).* Fetch it"):
         plan_of_pickle(folder)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):  # nor by from_pretrained, if it came that far
-        loading._from_pretrained(ModelConfig(path=str(folder), allow_pickle=True), folder, whole=True)
+        planned = loading.Plan(folder, plan(model_folder("llama")).skeleton, [], None)
+        loading._from_pretrained(ModelConfig(path=str(folder), allow_pickle=True), planned, whole=True)
     assert not Path("run_by_the_pickle").exists()
 
 

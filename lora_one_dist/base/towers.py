@@ -1,0 +1,55 @@
+"""Models that see and hear: their language model is trained on text, under the whole model's names.
+
+In: a config.json, or a whole model.  Out: its class, or the model without what no text reaches.  Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+
+def auto_class(kind: str, architectures: Any) -> Any:
+    """transformers' class that builds a model; None: none of its classes predicts the next token of a text.
+
+    A folder that says it is of the whole model (``architectures``) is: its adapters need the whole model's names.
+
+    Args:
+        kind: ``model_type`` in config.json.
+    """
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if whole is not None and (not is_causal or whole in (architectures or ())):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if is_causal else None
+
+
+def model_class(config: Any) -> Any:
+    """As :func:`auto_class`, of a config that was let in: code of its own stands for a causal language model."""
+    return auto_class(config.model_type, config.architectures) or AutoModelForCausalLM
+
+
+def drop_towers(model: Any) -> None:
+    """Take out of a whole model the parts beside its language model.  Others are left as they are.
+
+    Text alone never reaches them, so they would be loaded, sharded and gathered for nothing.  ``model.towers_dropped``
+    then has the beginnings of their names.
+    """
+    model.towers_dropped = ()
+    if type(model).__name__ not in set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+        return
+    decoder, trunk = model.get_decoder(), getattr(model, model.base_model_prefix, model)
+    needed = {id(module) for part in (decoder, model.get_output_embeddings()) if part for module in part.modules()}
+    needed.add(id(model.get_input_embeddings()))
+    if decoder is trunk or decoder not in trunk.children():
+        return  # no parts side by side
+    for name, child in list(trunk.named_children()):
+        if not any(id(module) in needed for module in child.modules()):
+            delattr(trunk, name)
+            begin = name if trunk is model else f"{model.base_model_prefix}.{name}"
+            model.towers_dropped += (f"{begin}.",)
