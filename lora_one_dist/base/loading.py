@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, tensor_sources, weight_files
+from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
-from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton
+from lora_one_dist.base.rehearsal import rehearse
+from lora_one_dist.base.skeleton import DTYPES, ModelError, attention, build_skeleton
 from lora_one_dist.base.targets import Target, find_targets
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import DeepSpeedConfig, LoraConfig, ModelConfig
@@ -35,6 +37,8 @@ class Plan:
     targets: list[Target]
     sources: dict[str, weights.TensorSource] | None
     """Where each tensor's values lie, or None where names do not map one to one."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told: what was chosen for the model, and what could not be checked."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -49,12 +53,21 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     """
     skeleton = build_skeleton(config, folder)
     targets = find_targets(skeleton, lora, rank_needed)
+    unchecked = rehearse(skeleton, config)
     files = weight_files(folder, config.allow_pickle)
     blocks_asked(config.recompute, most_blocks(skeleton))
     sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
     if sources is None:
         refuse_unfit(config, skeleton, files)
-    return Plan(folder, skeleton, targets, sources)
+    return Plan(folder, skeleton, targets, sources, notes_on(skeleton, config, unchecked))
+
+
+def notes_on(skeleton: Any, config: ModelConfig, unchecked: str | None) -> tuple[str, ...]:
+    """What is to be told of a model's plan.  Pure."""
+    found, chosen = [unchecked] if unchecked else [], skeleton.config._attn_implementation
+    if config.attn_implementation == "auto" and chosen != "sdpa":
+        found.append(f"{type(skeleton).__name__} has no sdpa attention in transformers: {chosen} is taken")
+    return tuple(found)
 
 
 def check_loadable(planned: Plan, shard_group: str) -> None:
@@ -92,7 +105,7 @@ def load(
     freeze_products(base.module)
     count = blocks_asked(config.recompute, most_blocks(base.module))
     recompute_blocks(base.module, count, reentrant=config.checkpointing == "reentrant")
-    base.module.enable_input_require_grads()  # every weight is frozen: the graph must start somewhere
+    begin_at_embeddings(base.module)
     return base
 
 
@@ -111,7 +124,7 @@ def _from_pretrained(config: ModelConfig, folder: Path, whole: bool) -> nn.Modul
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[config.dtype],
-        attn_implementation=config.attn_implementation,
+        attn_implementation=attention(config),
         trust_remote_code=config.trust_remote_code,
         use_safetensors=weight_files(folder, config.allow_pickle)[0].suffix == ".safetensors",
         weights_only=True,

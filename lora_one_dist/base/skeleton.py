@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
@@ -51,7 +48,7 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
             skeleton = AutoModelForCausalLM.from_config(
                 hf_config,
                 dtype=DTYPES[config.dtype],
-                attn_implementation=config.attn_implementation,
+                attn_implementation=attention(config),
                 trust_remote_code=config.trust_remote_code,
             )
     except Exception as error:
@@ -61,6 +58,11 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
         ) from error
     skeleton.tie_weights()  # init_empty_weights gives every registered name a tensor of its own
     return skeleton
+
+
+def attention(config: ModelConfig) -> str | None:
+    """The attention to ask transformers for; None (auto): the best that the model's code has, sdpa or else eager."""
+    return None if config.attn_implementation == "auto" else config.attn_implementation
 
 
 def _refuse_kind(config: ModelConfig, folder: Path) -> None:
@@ -91,8 +93,6 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
         rule = "has no causal language model in transformers"
     elif described.get("is_encoder_decoder", CONFIG_MAPPING[kind]().is_encoder_decoder):
         rule = "has an encoder and a decoder"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not described.get("is_decoder"):
-        rule = "sees the tokens that it is to predict (its is_decoder is not set)"
     if rule:
         raise ModelError(f"{value} {rule}; what is trained here predicts the next token. Give a causal language model.")
 
