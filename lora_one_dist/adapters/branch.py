@@ -79,9 +79,11 @@ class _Behind(torch.autograd.Function):
         fresh: bool,
     ) -> torch.Tensor:
         ctx.A, ctx.B, ctx.scaling, ctx.before = A, B, scaling, before
-        output = (y if fresh else y.clone()).view(-1, y.shape[-1])
-        output.addmm_(h.to(y.dtype), B.T.to(y.dtype))
-        return output.view(y.shape)
+        if fresh:
+            ctx.mark_dirty(y)
+        output = y if fresh else y.clone()
+        output.view(-1, y.shape[-1]).addmm_(h.to(y.dtype), B.T.to(y.dtype))
+        return output  # no view: a model's own code may go on to write to it
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

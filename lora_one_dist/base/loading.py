@@ -6,7 +6,7 @@ In: the ``model``, ``lora`` and ``deepspeed`` groups of a config.  Out: a :class
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from torch import nn
 
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, weight_files
+from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
-from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton, fp8_block
+from lora_one_dist.base.rehearsal import rehearse
+from lora_one_dist.base.skeleton import DTYPES, ModelError, attention, build_skeleton, fp8_block
 from lora_one_dist.base.sources import NotSliceableError, find_sources
 from lora_one_dist.base.targets import Target, find_targets
 from lora_one_dist.base.towers import drop_towers, model_class
@@ -36,10 +38,10 @@ class Plan:
     targets: list[Target]
     sources: dict[str, list[weights.Part]] | None
     """Where each tensor's values lie, or None where ``from_pretrained`` must make them."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told: what was chosen for the model, and what could not be checked."""
     not_sliced: str = ""
     """Why ``from_pretrained`` must."""
-    ignored: tuple[str, ...] = ()
-    """Tensors of the files that the model does not have."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -54,6 +56,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
     """
     skeleton = build_skeleton(config, folder)
     targets = find_targets(skeleton, lora, rank_needed)
+    unchecked = rehearse(skeleton, config)
     files, block = weight_files(folder, config.allow_pickle), fp8_block(folder, config.path)
     blocks_asked(config.recompute, most_blocks(skeleton))
     try:
@@ -65,8 +68,18 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
             remedy = "Fetch it again, or give the unquantised model"
             raise ModelError(f"model.path = {config.path}: its 8-bit floats do not fit: {error}. {remedy}.") from error
         refuse_unfit(config, skeleton, files)
-        return Plan(folder, skeleton, targets, None, str(error))
-    return Plan(folder, skeleton, targets, found.parts, ignored=tuple(found.ignored))
+        return Plan(folder, skeleton, targets, None, notes_on(skeleton, config, unchecked), str(error))
+    return Plan(folder, skeleton, targets, found.parts, notes_on(skeleton, config, unchecked, found.ignored))
+
+
+def notes_on(skeleton: Any, config: ModelConfig, unchecked: str | None, ignored: Sequence[str] = ()) -> tuple[str, ...]:
+    """What is to be told of a model's plan.  Pure."""
+    found, chosen = [unchecked] if unchecked else [], skeleton.config._attn_implementation
+    if config.attn_implementation == "auto" and chosen != "sdpa":
+        found.append(f"{type(skeleton).__name__} has no sdpa attention in transformers: {chosen} is taken")
+    if ignored:
+        found.append(f"{len(ignored)} tensors of the base's files are not the model's, e.g. {ignored[0]}: not read")
+    return tuple(found)
 
 
 def check_loadable(planned: Plan, shard_group: str) -> None:
@@ -104,7 +117,7 @@ def load(
     freeze_products(base.module)
     count = blocks_asked(config.recompute, most_blocks(base.module))
     recompute_blocks(base.module, count, reentrant=config.checkpointing == "reentrant")
-    base.module.enable_input_require_grads()  # every weight is frozen: the graph must start somewhere
+    begin_at_embeddings(base.module)
     return base
 
 
@@ -124,7 +137,7 @@ def _from_pretrained(config: ModelConfig, planned: Plan, whole: bool) -> nn.Modu
     loaded: Any = model_class(planned.skeleton.config).from_pretrained(
         folder,
         dtype=DTYPES[config.dtype],
-        attn_implementation=config.attn_implementation,
+        attn_implementation=attention(config),
         trust_remote_code=config.trust_remote_code,
         use_safetensors=weight_files(folder, config.allow_pickle)[0].suffix == ".safetensors",
         weights_only=True,

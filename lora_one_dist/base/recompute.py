@@ -16,8 +16,24 @@ from lora_one_dist.base.skeleton import ModelError
 
 
 def most_blocks(model: nn.Module) -> int:
-    """All but the last of each stack: with it backward begins, and it would be computed again at once.  Pure."""
-    return max(0, len(blocks(model)) - 1)
+    """All but the last of each stack: with it backward begins, and it would be computed again at once.  Pure.
+
+    None of a model whose code cannot.
+    """
+    return max(0, len(blocks(model)) - 1) if _can(model) else 0
+
+
+def refuse_kept(model: nn.Module, setting: str | int) -> None:
+    """Raise ModelError if blocks are to be computed again that transformers' code always keeps.  Pure."""
+    if setting not in ("auto", "none", 0) and not _can(model):
+        raise ModelError(
+            f"model.recompute = {setting}: {type(model).__name__} has no gradient checkpointing in transformers: "
+            "none of its blocks can be computed again. Set model.recompute: none (auto does)."
+        )
+
+
+def _can(model: Any) -> bool:
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
 
 
 def blocks_asked(setting: str | int, most: int) -> int:
@@ -39,6 +55,7 @@ def recompute_blocks(model: Any, count: int, reentrant: bool) -> None:
             model.gradient_checkpointing_disable()
             return
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.disable_input_require_grads()  # transformers' hooks make leaves, begin_at_embeddings none
     block: Any
     for block in blocks(model)[count:]:
         block.gradient_checkpointing = False

@@ -16,7 +16,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.core_model_loading import build_glob_alternation
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lora_one_dist.base.towers import auto_class, drop_towers, model_class
 from lora_one_dist.cluster import comm
@@ -47,7 +46,7 @@ def build_skeleton(config: ModelConfig, folder: Path) -> Any:
             skeleton = model_class(hf_config).from_config(
                 hf_config,
                 dtype=DTYPES[config.dtype],
-                attn_implementation=config.attn_implementation,
+                attn_implementation=attention(config),
                 trust_remote_code=config.trust_remote_code,
             )
     except Exception as error:
@@ -94,6 +93,11 @@ def _as_loaded(skeleton: Any, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(kept[plan_of[str(found.lastgroup)]])
 
 
+def attention(config: ModelConfig) -> str | None:
+    """The attention to ask transformers for; None (auto): the best that the model's code has, sdpa or else eager."""
+    return None if config.attn_implementation == "auto" else config.attn_implementation
+
+
 def _refuse_kind(config: ModelConfig, folder: Path) -> None:
     """Raise ModelError if config.json is damaged, or names no causal language model that may be run here."""
     try:
@@ -122,8 +126,6 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
         rule = "has no causal language model in transformers"
     elif described.get("is_encoder_decoder", CONFIG_MAPPING[kind]().is_encoder_decoder):
         rule = "has an encoder and a decoder"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not described.get("is_decoder"):
-        rule = "sees the tokens that it is to predict (its is_decoder is not set)"
     if rule:
         raise ModelError(f"{value} {rule}; what is trained here predicts the next token. Give a causal language model.")
 

@@ -2,7 +2,7 @@
 
 In: the frozen base, a few weighted micro-batches, an owner map.  Out: on each owner, ``{name: G (m, n) fp32}``.
 All weights stay frozen.  On each target one hook passes the input through an autograd function that saves it (so both
-kinds of gradient checkpointing recompute it instead of holding it), another the output through one that in backward
+kinds of gradient checkpointing recompute it instead of holding it), another asks autograd for the output's gradient and
 forms ``G = dY^T X``, which leaves for the owner at once while backward goes on.  Blocks below the first target take
 part in the forward pass alone: of K layer groups the passes back are (K + 1) / 2 whole ones, not K.
 
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.graph import begin_graph
 from lora_one_dist.base.loss import dropout_off, loss_sum
 from lora_one_dist.base.products import weight_gradient
 from lora_one_dist.base.sharding import Base
@@ -97,20 +98,6 @@ class _SaveInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_input: torch.Tensor) -> torch.Tensor:
         return grad_input[0]
-
-
-class _CaptureGradient(torch.autograd.Function):
-    """Identity on a linear layer's output that sees dY in backward, and X where ``saved`` has it."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, saved: Any, sink: Callable[..., None]) -> torch.Tensor:
-        ctx.saved, ctx.sink = saved, sink
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.sink(grad_output[0], *ctx.saved.saved_tensors)
-        return grad_output[0], None, None
 
 
 class _OwnerSums:
@@ -242,16 +229,19 @@ def _backward_down_to(module: Any, layers: Set[nn.Module]) -> Iterator[None]:
 
 
 def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-    hidden = output if isinstance(output, torch.Tensor) else output[0]
-    hidden.requires_grad_(True)
+    begin_graph(output if isinstance(output, torch.Tensor) else output[0])
 
 
 def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return _SaveInput.apply(inputs[0])
 
 
-def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return _CaptureGradient.apply(output, inputs[0].grad_fn, sink)
+def _capture_hook(sink: Callable[..., None]) -> Callable[..., None]:
+    """On the output itself, so that a model's own code may go on to write to it (Falcon adds its residual in place)."""
+
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        saved: Any = inputs[0].grad_fn
+        if output.requires_grad:
+            output.register_hook(lambda grad_output: sink(grad_output, *saved.saved_tensors))
 
     return hook

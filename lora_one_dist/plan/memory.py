@@ -175,7 +175,7 @@ def _with_blocks(
         with_blocks = ({**m.terms, **_kept(shape, config, phase, count, m.whole)} for m in moments)
         return max(with_blocks, key=lambda terms: sum(terms.values()))
 
-    most = max(0, shape.layers - 1)
+    most = shape.recomputable
     if config.model.recompute != "auto":
         count = blocks_asked(config.model.recompute, most)
     else:
@@ -201,7 +201,7 @@ def kept_by_block(shape: Shape, config: Config) -> int:
     feed-forward network four tensors.  Measured on Llamas within 3 %.  A mask, which packed rows have but for flash
     attention, makes keys and values as wide as queries.
     """
-    e, attention = element_bytes(config), config.model.attn_implementation
+    e, attention = element_bytes(config), shape.attention
     masked = config.data.packing and attention in ("eager", "sdpa")
     keys = shape.queries if masked else shape.keys
     kept = shape.norms * (4 + e if e < 4 else 2 * e) + e * (2 * shape.queries + 2 * keys + 4 * shape.intermediate)

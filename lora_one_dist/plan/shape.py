@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora_one_dist.base.blocks import blocks
+from lora_one_dist.base.recompute import most_blocks
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import ownership
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
@@ -31,7 +32,8 @@ class Shape:
     lookup_only: int
     """In the embedding, unless the output head multiplies by it too."""
     recomputed: int
-    """In the blocks that may run again in backward: all but the last."""
+    """In the blocks that may run again in backward: all but the last; ``recomputable``: how many these are."""
+    recomputable: int
     last_linear: int
     """Of them in the last linear layer of each block, which non-reentrant checkpointing leaves out."""
     hidden: int
@@ -44,6 +46,8 @@ class Shape:
     keys: int
     layers: int
     vocabulary: int
+    attention: str
+    """Its kernel, as transformers names it."""
     targets: tuple[Target, ...]
 
     @property
@@ -87,6 +91,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         largest_block=max(block_sizes, default=max(sizes)),
         lookup_only=0 if head is embedding else embedding.numel(),
         recomputed=sum(block_sizes[:-1]),
+        recomputable=most_blocks(skeleton),
         last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
@@ -96,6 +101,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         keys=keys,
         layers=len(block_sizes),
         vocabulary=embedding.shape[0],
+        attention=str(skeleton.config._attn_implementation),
         targets=tuple(targets),
     )
 

@@ -97,9 +97,8 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     how = "each rank reads its own slices" if plan.sources is not None else f"from_pretrained, as {plan.not_sliced}"
     record.say(f"{launch.world_size} ranks on {on}, {comm.device().type}, launched by {launch.source}")
     record.say(f"base {config.model.path} {config.model.dtype}, {_where_the_base_is(config)}; {how}")
-    if plan.ignored:
-        count, first = len(plan.ignored), plan.ignored[0]
-        record.say(f"{count} tensors of the base's files are not the model's, e.g. {first}: not read")
+    for note in plan.notes:
+        record.say(note)
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     damping = config.optim.damping_in_force
     how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"

@@ -60,14 +60,15 @@ def test_what_the_model_does_not_have_is_named(model_folder, tmp_path):
 
     planned = plan(changed(model_folder("llama"), tmp_path, with_more))
     assert planned.sources is not None
-    assert planned.ignored == ("model.layers.9.mlp.up_proj.weight",)
+    note = "1 tensors of the base's files are not the model's, e.g. model.layers.9.mlp.up_proj.weight: not read"
+    assert planned.notes == (note,)
 
 
 def test_old_checkpoints_rotary_buffers_are_passed_over(model_folder, tmp_path):
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)}
     found = plan(changed(model_folder("llama"), tmp_path, lambda held: held | extra))
     assert found.sources.keys() == dict(models.llama().named_parameters()).keys()
-    assert found.ignored == ()
+    assert found.notes == ()
 
 
 # Files that are missing, damaged or of another model ------------------------------------------------------------------
@@ -165,8 +166,8 @@ def test_malicious_pickle_is_not_run(old_format, model_folder, tmp_path, monkeyp
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Malicious()}, protocol=2))
     with pytest.raises(ModelError, match=r"pytorch_model.bin: (refers to \S*(getattr|Path)|cannot be read).* Fetch it"):
         plan_of_pickle(folder)
+    planned = loading.Plan(folder, plan(model_folder("llama")).skeleton, [], None)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):  # nor by from_pretrained, if it came that far
-        planned = loading.Plan(folder, plan(model_folder("llama")).skeleton, [], None)
         loading._from_pretrained(ModelConfig(path=str(folder), allow_pickle=True), planned, whole=True)
     assert not Path("run_by_the_pickle").exists()
 

@@ -1,0 +1,223 @@
+"""A model's own code, run before a weight is read: does it predict the next token, and may its blocks run again?
+
+In: a skeleton.  Out: nothing, a note where the model cannot be asked, or a refusal.  The skeleton itself is left alone:
+a copy with thin weights (:mod:`thin`) runs 12 tokens in fp32 on the CPU, at its real widths, two blocks of each kind.
+Runs on every rank, not collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from lora_one_dist.base import varlen
+from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.graph import begin_at_embeddings
+from lora_one_dist.base.loss import dropout_off
+from lora_one_dist.base.products import freeze_products
+from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
+from lora_one_dist.base.skeleton import ModelError, cause_of
+from lora_one_dist.base.thin import SEED, ThinProducts, fill_thinly
+from lora_one_dist.config.settings import ModelConfig
+
+KEPT = 2  # blocks of a kind: one may hand the other what is not its output
+NUMBERS = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")
+SCANNED = 4  # tokens in a chunk
+TOKENS = 12
+CHANGED = 6  # from this one on
+EQUAL = 1e-4  # of the largest difference or gradient: fp32 of other orders of summation stays below 1e-5
+
+
+def rehearse(skeleton: Any, config: ModelConfig) -> str | None:
+    """Refuse a model whose logits see later tokens, or whose gradient is another where blocks run again.
+
+    Args:
+        skeleton: from :func:`~lora_one_dist.base.skeleton.build_skeleton`.
+
+    Returns:
+        What could not be asked, and why; or None.
+
+    Raises:
+        ModelError: naming value, rule and remedy.
+    """
+    refuse_kept(skeleton, config.recompute)
+    cause = ""
+    for shortened in (True, False):
+        model = _prepared(skeleton, shortened)
+        with ThinProducts(), dropout_off(model), torch.random.fork_rng(devices=[]):
+            try:
+                one, other = _both(model)
+            except Exception as error:  # a model's own code may fail in any way
+                cause = f"its code does not run by itself ({type(error).__name__}: {cause_of(error)})"
+                continue
+            cause = _refuse_not_causal(skeleton, one, other)
+            if not cause and config.recompute not in ("none", 0) and most_blocks(model):
+                cause = _refuse_wrong_again(model, config.checkpointing)
+            break
+    if not cause:
+        return None
+    _refuse_masked(skeleton)
+    return f"whether {type(skeleton).__name__} is causal and may recompute could not be checked: {cause}"
+
+
+def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of two rows of tokens that differ from CHANGED on."""
+    first = _tokens(model)
+    second = first.clone()
+    second[:, CHANGED:] = first.roll(1, 1)[:, CHANGED:]
+    with torch.no_grad():
+        return _logits(model, first), _logits(model, second)
+
+
+def _refuse_masked(skeleton: Any) -> None:
+    """Raise ModelError if a model that cannot be asked is of a type that is made to fill in masked tokens."""
+    config = skeleton.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"model.path: its model_type = {config.model_type!r} sees the tokens that it is to predict (its is_decoder "
+            "is not set); what is trained here predicts the next token. Give a causal language model."
+        )
+
+
+def _refuse_not_causal(skeleton: Any, one: torch.Tensor, other: torch.Tensor) -> str:
+    """Raise ModelError, or say why these logits tell nothing ('' if they do)."""
+    change = (one - other).abs()
+    after, before = float(change[:, CHANGED:].max()), float(change[:, :CHANGED].max())
+    if not (one.isfinite().all() and other.isfinite().all() and after > 0):
+        return "with random weights its logits are not finite, or the same for all tokens"
+    if before > EQUAL * after:
+        raise ModelError(
+            f"model.path: {type(skeleton).__name__} is not causal: tokens changed from position {CHANGED} on change "
+            f"the logits before it by {before / after:.2g} of what they change behind it: it would be trained with "
+            "the tokens that it is to predict in sight. Give a causal language model; of some types that is one with "
+            "is_decoder: true in its config.json."
+        )
+    return ""
+
+
+def _refuse_wrong_again(model: Any, kind: str) -> str:
+    """Raise ModelError, or say why the gradient tells nothing ('' if it does)."""
+    ids = _tokens(model)
+    freeze_products(model)
+    begin_at_embeddings(model)
+    other = "non_reentrant" if kind == "reentrant" else "reentrant"
+    remedy = f"Set model.recompute: none, or model.checkpointing: {other}."
+    value = f"model.checkpointing = {kind}: {type(model).__name__}"
+    recompute_blocks(model, 0, False)
+    try:
+        kept = _gradient(model, ids)
+    except Exception as error:
+        return f"its gradient cannot be taken ({cause_of(error)})"
+    if not (kept.isfinite().all() and kept.any()):
+        return "with random weights its gradient is not finite, or zero"
+    try:
+        recompute_blocks(model, most_blocks(model), kind == "reentrant")
+        again = _gradient(model, ids)
+    except Exception as error:
+        raise ModelError(f"{value} cannot compute its blocks again ({cause_of(error)}). {remedy}") from error
+    difference = float((again - kept).abs().max() / kept.abs().max())
+    if not difference <= EQUAL:
+        raise ModelError(
+            f"{value} has another gradient where its blocks are computed again, off by {difference:.2g}: they share "
+            f"more than their inputs and outputs. {remedy}"
+        )
+    return ""
+
+
+def _gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of a weighted sum of the logits, at the embeddings."""
+    found: list[torch.Tensor] = []
+    with _at_embedding(model, found):
+        logits = _logits(model, ids)
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(SEED))
+        (logits * weights).sum().backward()
+    return found[0]
+
+
+@contextlib.contextmanager
+def _at_embedding(model: Any, found: list[torch.Tensor]) -> Iterator[None]:
+    """Collect the gradient of the embeddings' output."""
+
+    def watch(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: found.append(gradient))
+
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(SEED)  # whatever its code draws by chance, it draws again
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _prepared(skeleton: Any, shortened: bool) -> Any:
+    """A copy with values; by an attention that needs no GPU, since who sees whom is decided before it."""
+    model = copy.deepcopy(skeleton)
+    fill_thinly(model)
+    if str(model.config._attn_implementation).startswith(("flash", varlen.NAME)):
+        model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(getattr(module, "chunk_size", None), int):  # of a scan: what it comes to is the same
+            module.chunk_size = min(module.chunk_size, SCANNED)
+    if shortened:
+        skip_repeated(model)
+    return model
+
+
+def skip_repeated(model: nn.Module) -> None:
+    """Let all blocks of a kind but its first KEPT hand on what they are given.  Pure.
+
+    Two blocks are of a kind if their modules, and these modules' settings, are the same but for the layer's number.
+    """
+    for stack in stacks(model):
+        seen: dict[str, list[nn.Module]] = {}
+        for block in stack:
+            if not any(True for _ in block.children()):
+                continue  # a list of embeddings or heads
+            like = seen.setdefault(_kind(block), [])
+            if len(like) < KEPT:
+                like.append(block)
+            else:
+                _skip(block, like[0])
+
+
+def _kind(block: nn.Module) -> str:
+    settings = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str)) and key not in NUMBERS
+    ]
+    return f"{block!r} {settings}"
+
+
+def _skip(block: Any, like: nn.Module) -> None:
+    """Give back the first input, in the form in which another block gives back its output."""
+    shown: list[Any] = []
+    like.register_forward_hook(lambda layer, inputs, output: shown.__setitem__(slice(None), [output]))
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        hidden, form = args[0] if args else kwargs["hidden_states"], shown[-1]
+        return type(form)([hidden, *form[1:]]) if isinstance(form, (tuple, list)) else hidden
+
+    block.forward = hand_on
+
+
+def _tokens(model: Any) -> torch.Tensor:
+    """(1, TOKENS) ids that are all different, none of which the config names: a pad, the place of an image."""
+    rows = model.get_input_embeddings().num_embeddings
+    named = [value for key, value in model.config.to_dict().items() if key.endswith(("token_id", "token_index"))]
+    special = {number for value in named for number in (value if isinstance(value, list) else [value])}
+    plain = [number for number in range(min(rows, 512)) if number not in special]
+    chosen = torch.randperm(len(plain), generator=torch.Generator().manual_seed(SEED))[:TOKENS]
+    return torch.tensor([[plain[i % len(plain)] for i in chosen.tolist()]])
