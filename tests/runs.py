@@ -37,6 +37,14 @@ def settings(folder: Path, out: Path, **changes) -> dict:
     return raw
 
 
+# Layers of other ranks and scales, one that is too narrow for its rank, and one without an adapter.
+PATTERNS = {
+    "lora__rank_pattern": {"v_proj": 2, "(k|gate)_proj": 20},
+    "lora__alpha_pattern": {r"1\..*_proj": 5},
+    "lora__exclude_modules": ["0.mlp.up_proj"],
+}
+
+
 def train(raw: dict) -> dict:
     """Runs on a rank."""
     from lora_one_dist.run import story

@@ -64,17 +64,17 @@ def encode(
         # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
         A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
         pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
-    # s must stay: alpha / r is kept by doubling alpha with r, alpha / sqrt(r) by sqrt(2).
-    alpha = lora.alpha * (math.sqrt(2) if lora.use_rslora else 2)
-    return encode_pairs(peft_config(lora, targets, config.model.path, r=2 * lora.r, lora_alpha=alpha), pairs, targets)
+    return encode_pairs(peft_config(lora, targets, config.model.path, times=2), pairs, targets)
 
 
 def encode_pairs(description: PeftLoraConfig, pairs: Pairs, targets: Sequence[Target]) -> dict[str, bytes]:
     """The files of a PEFT folder, every shape checked."""
     tensors = {}
+    ranks = {"r": description.r, "rank_pattern": description.rank_pattern}
     for target in targets:
         A, B = pairs[target.name]
-        expected = ((description.r, target.n), (target.m, description.r))
+        r = peft_settings.rank_of(ranks, target.name)
+        expected = ((r, target.n), (target.m, r))
         assert (tuple(A.shape), tuple(B.shape)) == expected, f"{target.name}: shapes {A.shape}, {B.shape}, {expected}"
         for side, tensor in (("A", A), ("B", B)):
             tensors[f"{PREFIX}{target.name}.lora_{side}.weight"] = tensor.detach().cpu().contiguous()
@@ -105,8 +105,9 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     if changed is not None:
         raise AdapterError(f"init.adapter = {folder}: {changed}")
     beyond = unknown + peft_settings.beyond_pairs(described)
-    problems = broken + _other_scale(described, config.lora) + [f"{setting} ({MERGE_FIRST})" for setting in beyond]
-    pairs, misfits = _pairs_of(tensors, config.lora.r, targets, told=bool(beyond))
+    problems = broken + ([] if broken else _other_scale(described, config.lora, targets))
+    problems += [f"{setting} ({MERGE_FIRST})" for setting in beyond]
+    pairs, misfits = _pairs_of(tensors, targets, told=bool(beyond))
     problems += misfits
     if problems:
         shown = listed(problems, 5)
@@ -114,18 +115,32 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     return {name: (A.read().float(), B.read().float()) for name, (A, B) in pairs.items()}
 
 
-def _other_scale(described: Mapping[str, Any], lora: LoraConfig) -> list[str]:
-    """In what r and scale differ from the run's."""
+def _other_scale(described: Mapping[str, Any], lora: LoraConfig, targets: Sequence[Target]) -> list[str]:
+    """In what ranks and scales differ from the run's: by settings for all layers, else by the first layer."""
     problems = []
     for key, wanted in (("r", lora.r), ("lora_alpha", lora.alpha), ("use_rslora", lora.use_rslora)):
         found = described.get(key, False)  # an exported alpha may hold a factor sqrt(2)
         if not (isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-6)):
             problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
-    return problems
+    if problems:
+        return problems
+    for target in targets:
+        r, scaling = (of(described, target.name) for of in (peft_settings.rank_of, peft_settings.scale_of))
+        if r != target.r:
+            shown, run = f"rank_pattern is {described.get('rank_pattern')}", f"r {r}, the run {target.r}"
+        elif not math.isclose(scaling, target.scaling, rel_tol=1e-6):
+            shown, run = (
+                f"alpha_pattern is {described.get('alpha_pattern')}",
+                f"s {scaling:g}, the run {target.scaling:g}",
+            )
+        else:
+            continue
+        return [f"{shown}, which gives {target.name} {run}"]
+    return []
 
 
 def _pairs_of(
-    tensors: Mapping[str, LazyTensor], r: int, targets: Sequence[Target], told: bool
+    tensors: Mapping[str, LazyTensor], targets: Sequence[Target], told: bool
 ) -> tuple[dict[str, tuple[LazyTensor, LazyTensor]], list[str]]:
     """The targets' pairs, and what is missing, of another shape, or of no target.
 
@@ -143,7 +158,8 @@ def _pairs_of(
     pairs = {}
     for target in targets:
         found = [tensors.get(name) for name in names[target.name]]
-        for name, tensor, shape in zip(names[target.name], found, [(r, target.n), (target.m, r)], strict=True):
+        shapes = (target.r, target.n), (target.m, target.r)
+        for name, tensor, shape in zip(names[target.name], found, shapes, strict=True):
             if tensor is None:
                 problems.append(f"{name} is missing")
             elif tensor.shape != shape:
@@ -153,10 +169,8 @@ def _pairs_of(
     return pairs, problems
 
 
-def initial_pairs_of(folder: Path, r: int, targets: Sequence[Target]) -> Pairs:
+def initial_pairs_of(folder: Path, targets: Sequence[Target]) -> Pairs:
     """A0, B0 as set, from what :func:`encode` wrote for a method that changed the base.  fp32, exact."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as reader:
-        names = {t.name: [f"{PREFIX}{t.name}.lora_{side}.weight" for side in "AB"] for t in targets}
-        return {
-            name: (reader.get_tensor(A)[r:].clone(), -reader.get_tensor(B)[:, r:]) for name, (A, B) in names.items()
-        }
+        A, B = ({t.name: reader.get_tensor(f"{PREFIX}{t.name}.lora_{side}.weight") for t in targets} for side in "AB")
+    return {t.name: (A[t.name][t.r :].clone(), -B[t.name][:, t.r :]) for t in targets}

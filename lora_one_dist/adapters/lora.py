@@ -22,23 +22,37 @@ from lora_one_dist.base.sharding import Base, add_low_rank
 from lora_one_dist.base.skeleton import DTYPES, ModelError
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
-from lora_one_dist.config.settings import LoraConfig
+from lora_one_dist.config.lora import LoraConfig, patterns_for
 from lora_one_dist.initialise.pairs import Pairs
 
 
-def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **changes: Any) -> PeftLoraConfig:
-    """PEFT's description of the adapters; all-linear becomes the list of module endings, as PEFT itself writes it."""
+def peft_config(
+    lora: LoraConfig, targets: Sequence[Target], base_path: str, times: int = 1, **changes: Any
+) -> PeftLoraConfig:
+    """PEFT's description of the adapters; all-linear becomes the list of module endings, as PEFT itself writes it.
+
+    Each layer's rank and scale are the target's own, by patterns where it differs from the others.
+
+    Args:
+        times: every rank is so many times the target's, at the same scale.  changes: of single fields.
+    """
     endings = lora.target_modules
     if endings == "all-linear":
         endings = sorted({target.name.rpartition(".")[2] for target in targets})
+    ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
+    alphas = patterns_for({t.name: lora.alpha_of(t.name) for t in targets}, lora.alpha, lora.alpha_pattern)
+    grown = math.sqrt(times) if lora.use_rslora else times  # alpha / sqrt(r), or alpha / r, stays
     fields: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
+        "r": times * lora.r,
+        "lora_alpha": grown * lora.alpha,
+        "rank_pattern": {pattern: times * r for pattern, r in ranks.items()},
+        "alpha_pattern": {pattern: grown * alpha for pattern, alpha in alphas.items()},
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
         "target_modules": endings,
+        "exclude_modules": lora.exclude_modules,
         "bias": "none",
     }
     return PeftLoraConfig(**{**fields, **changes})
@@ -77,9 +91,7 @@ def inject_adapters(base: Base, config: PeftLoraConfig, targets: Sequence[Target
     return adapters
 
 
-def set_adapters(
-    base: Base, adapters: Sequence[Adapter], pairs: Pairs, scaling: float, compensate: bool
-) -> dict[str, float]:
+def set_adapters(base: Base, adapters: Sequence[Adapter], pairs: Pairs, compensate: bool) -> dict[str, float]:
     """Write the pairs into the adapters and, to ``compensate``, ``W <- W - s B0 A0``.  Collective.
 
     The base is compensated with A0 and B0 as rounded to the working dtype, so that the start is exact up to the
@@ -95,6 +107,7 @@ def set_adapters(
             for parameter, value in zip((adapter.A, adapter.B), pairs[adapter.target.name], strict=True):
                 parameter.copy_(value)
         if compensate:
+            scaling = adapter.target.scaling
             squared_errors[i] = add_low_rank(adapter.weight, adapter.B.detach(), adapter.A.detach(), -scaling)
             norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
     if not compensate:

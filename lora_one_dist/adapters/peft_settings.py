@@ -11,16 +11,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_one_dist.config.lora import by_pattern
+
 LIVE = "PeftModel.from_pretrained(base, adapter)"
 MERGED_BY_PEFT = f"{LIVE}.merge_and_unload().save_pretrained(out)"
 NOT_MERGED = ("alora_invocation_tokens", "arrow_config")  # what depends on the input, and PEFT does not merge either
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head")  # saved when they were resized
-# By what an adapter is more than a pair A, B of one r and one scale for each linear layer, ...
-PATTERNS = ("rank_pattern", "alpha_pattern", "fan_in_fan_out")
-BEYOND_PAIRS = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias", *PATTERNS)
+# By what layers have their own r and scale; by what an adapter is more than a pair A, B for each linear layer, ...
+PATTERNS = ("rank_pattern", "alpha_pattern")
+BEYOND_PAIRS = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias", "fan_in_fan_out")
 # ... what else is honoured here, and what only says how the adapter was made.
 HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules"}
-HONOURED |= {"layers_to_transform", "ensure_weight_tying", *BEYOND_PAIRS}
+HONOURED |= {"layers_to_transform", "ensure_weight_tying", *PATTERNS, *BEYOND_PAIRS}
 HISTORY = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
 HISTORY |= {"lora_dropout", "init_lora_weights", "layers_pattern", "megatron_core", "loftq_config", "eva_config"}
 HISTORY |= {"corda_config", "lora_ga_config", "runtime_config", "qalora_group_size", "tp_plan", "parent_library"}
@@ -36,12 +38,22 @@ def refused(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         broken.append(f"peft_type is {config.get('peft_type')}, must be LORA")
     if not _positive(config.get("r")) or not isinstance(config.get("lora_alpha"), int | float):
         broken.append(f"r is {config.get('r')} and lora_alpha {config.get('lora_alpha')}: both must be numbers")
+    broken += [f"{key} is {config[key]}, must map patterns to numbers" for key in PATTERNS if not _mapping(config, key)]
     if config.get("bias", "none") not in BIASES:
         broken.append(f"bias is {config['bias']}, must be {' or '.join(BIASES)}")
     for key in sorted(config.keys() - HONOURED - HISTORY):
         if config[key]:
             beyond.append(f"{key} is {config[key]}, which is not supported")
     return broken, beyond
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> bool:
+    """Is it, where it is given, what maps regular expressions to positive numbers?"""
+    patterns = config.get(key) or {}
+    try:
+        return all(re.compile(pattern) and value > 0 for pattern, value in patterns.items())
+    except (AttributeError, TypeError, re.error):
+        return False
 
 
 def _positive(value: Any) -> bool:
@@ -69,7 +81,7 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
 
 
 def beyond_pairs(config: Mapping[str, Any]) -> list[str]:
-    """Settings by which an adapter is more than a pair of one r and one scale for each linear layer, in words."""
+    """Settings by which an adapter is more than a pair for each linear layer, in words."""
     named = [key for key in BEYOND_PAIRS if config.get(key) not in (None, False, "none", {}, [])]
     return [f"{key} is {config[key]}, which is not supported" for key in named]
 
@@ -131,18 +143,11 @@ def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
     """r of a layer, by the name that :func:`adapted` gives it."""
-    return _by_pattern(config.get("rank_pattern"), name, config["r"])
+    return by_pattern((config.get("rank_pattern") or {}).items(), name, config["r"])
 
 
 def scale_of(config: Mapping[str, Any], name: str) -> float:
     """alpha / r of a layer, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
-    r, alpha = rank_of(config, name), _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    r = rank_of(config, name)
+    alpha = by_pattern((config.get("alpha_pattern") or {}).items(), name, config["lora_alpha"])
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default

@@ -111,7 +111,7 @@ def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> lis
     train, data = settings.train, settings.data
     lines = [
         f"{settings.model.path}: {shape.parameters / 1e9:.2f} B parameters, {len(shape.targets)} target layers",
-        f"{settings.init.method}, r {settings.lora.r}: {settings.lora.r * shape.adapter / 1e6:.1f} M in the adapters",
+        f"{settings.init.method}, r {settings.lora.r}: {shape.adapter / 1e6:.1f} M in the adapters",
         f"{cluster.hosts} x {cluster.ranks_per_host} ranks, stage {settings.deepspeed.stage}, shard_group "
         f"{settings.deepspeed.shard_group}, micro-batch {train.micro_batch_size} x {data.max_length} tokens, "
         f"global batch {train.global_batch_size}",

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
+from lora_one_dist.config.group import Group
+from lora_one_dist.config.lora import LoraConfig
 from lora_one_dist.config.paths import PathError, expanded
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -58,13 +60,7 @@ _GENERATES = not_with("train.exact_match_samples", 0)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-class ModelConfig(_Group):
+class ModelConfig(Group):
     """The pre-trained causal language model; its weights stay frozen."""
 
     path: Annotated[str, AsPath]
@@ -91,7 +87,7 @@ class ModelConfig(_Group):
     """Read pytorch_model*.bin where there are no safetensors; tensors only, torch refuses what else a pickle holds."""
 
 
-class DataConfig(_Group):
+class DataConfig(Group):
     """What the model sees. Files (JSONL, Parquet, CSV) or the name of a `datasets` data set."""
 
     train: Annotated[str | list[str], AsPath]
@@ -154,22 +150,7 @@ class DataConfig(_Group):
         return list(dict.fromkeys(field[1] for field in fields if field[1]))
 
 
-class LoraConfig(_Group):
-    """Shape of the adapters, in PEFT's terms."""
-
-    r: int = Field(8, ge=1)
-    """The LoRA rank, at least 1 and at most min(out_features, in_features) of every target; typical 8 to 64."""
-    alpha: float = Field(16.0, gt=0)
-    """Scale: s = alpha / r, or alpha / sqrt(r) with use_rslora. Above 0."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' input while training, in [0, 1); always off in the gradient phase."""
-    use_rslora: bool = True
-    """s = alpha / sqrt(r) (arXiv 2312.03732), as in the LoRA-One recipes."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head), or a list of module name endings, e.g. [q_proj, v_proj]."""
-
-
-class InitConfig(_Group):
+class InitConfig(Group):
     """How the adapters start."""
 
     method: Annotated[Literal["lora_one", "lora_one_v1", "lora_ga", "pissa", "lora"], _FROM_A_METHOD] = "lora_one"
@@ -198,7 +179,7 @@ class InitConfig(_Group):
     """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
 
 
-class OptimConfig(_Group):
+class OptimConfig(Group):
     """The update of the adapters."""
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -244,7 +225,7 @@ class OptimConfig(_Group):
         return self.damping if self.damping is not None else DEFAULT_DAMPING[self.form]
 
 
-class TrainConfig(_Group):
+class TrainConfig(Group):
     """The loop."""
 
     epochs: float | None = Field(None, gt=0)
@@ -284,7 +265,7 @@ class TrainConfig(_Group):
     """Seed of the data order, the SVDs, the Kaiming initialisation and dropout."""
 
 
-class DeepSpeedConfig(_Group):
+class DeepSpeedConfig(Group):
     """Where the base weights live."""
 
     config: Annotated[str, AsPath] = "ds_configs/zero3.json"
@@ -325,7 +306,7 @@ class DeepSpeedConfig(_Group):
         return (self.zero.get("offload_param") or {}).get("device", "none") != "none"
 
 
-class CheckpointConfig(_Group):
+class CheckpointConfig(Group):
     """What a run keeps of itself, to go on after a failure."""
 
     steps: int = Field(100, ge=0)
@@ -342,7 +323,7 @@ class CheckpointConfig(_Group):
     also how long the adapter is tried to be written."""
 
 
-class CommConfig(_Group):
+class CommConfig(Group):
     """How long ranks wait for each other."""
 
     rendezvous_seconds: float = Field(300.0, ge=5)
@@ -355,7 +336,7 @@ class CommConfig(_Group):
     """Seconds without an answer of a host's network after which it counts as lost and the job ends, 4 to 50."""
 
 
-class Config(_Group):
+class Config(Group):
     """One run."""
 
     model: ModelConfig
@@ -386,8 +367,8 @@ class Config(_Group):
 
     @property
     def scaling(self) -> float:
-        """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-        return self.lora.alpha / (self.lora.r**0.5 if self.lora.use_rslora else self.lora.r)
+        """s in W + s B A of the layers that no pattern names: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        return self.lora.scale(self.lora.r, self.lora.alpha)
 
     @property
     def changes_base(self) -> bool:

@@ -10,7 +10,7 @@ report row per layer.  Runs on every rank.  Phases, for each of ``layer_groups``
 A run keeps each group that is done on disk: one that failed after it does not repeat it.
 
 Peak bytes per rank: phase 1 as in :mod:`lora_one_dist.plan.memory`; phase 2 the owned matrices plus one SVD
-(:mod:`lora_one_dist.initialise.spectral`); the pairs themselves are ``4 r sum(m + n)``.
+(:mod:`lora_one_dist.initialise.spectral`); the pairs themselves are ``4 sum(r (m + n))``.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def initialise_group(
             result.rows.append({**row, "owner": comm.rank()})
             progress(f"{group.label}svd of this rank's layers", done, len(owned))
     with phase("broadcast"):
-        result.pairs = _broadcast(group, own, config.lora.r)
+        result.pairs = _broadcast(group, own)
     result.rows = [row for rows in comm.all_gather_object(result.rows) for row in rows]
     order = {layer.name: i for i, layer in enumerate(group.layers)}
     result.rows.sort(key=lambda row: order[row["name"]])
@@ -202,8 +202,8 @@ def _decompose(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
     """A0, B0 and the report row of one layer from its matrix, given as parts to sum (none for ``lora``)."""
     started = time.monotonic()
-    method, r = config.init.method, config.lora.r
-    row: dict[str, Any] = {"name": target.name, "m": target.m, "n": target.n}
+    method, r = config.init.method, target.r
+    row: dict[str, Any] = {"name": target.name, "m": target.m, "n": target.n, "r": r}
     seed = seed_of(config.train.seed, method, target.name)
     if method == "lora":
         A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
@@ -221,7 +221,7 @@ def _decompose(
         norms = [spectral.frobenius_norm(parts[0])]
     svd = spectral.truncated_svd(parts.pop(), needed, seed, config.init.svd_tolerance)
     if method == "pissa":
-        pair = spectral.pissa(svd, r, config.scaling)
+        pair = spectral.pissa(svd, r, target.scaling)
     else:
         form = {"lora_one": spectral.lora_one, "lora_one_v1": spectral.lora_one_v1, "lora_ga": spectral.lora_ga}[method]
         pair = form(svd, r, config.gamma)
@@ -251,14 +251,14 @@ def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> Non
         )
 
 
-def _broadcast(group: LayerGroup, own: Pairs, r: int) -> Pairs:
+def _broadcast(group: LayerGroup, own: Pairs) -> Pairs:
     """Every owner's pairs to every rank, one flat tensor an owner."""
     pairs: Pairs = {}
     for owner in range(comm.world_size()):
         its = [layer for layer, of in zip(group.layers, group.owners, strict=True) if of == owner]
         if not its:
             continue
-        sizes = [size for layer in its for size in (r * layer.n, layer.m * r)]
+        sizes = [size for layer in its for size in (layer.r * layer.n, layer.m * layer.r)]
         if owner == comm.rank():
             flat = torch.cat([tensor.reshape(-1) for layer in its for tensor in own[layer.name]])
         else:
@@ -266,7 +266,7 @@ def _broadcast(group: LayerGroup, own: Pairs, r: int) -> Pairs:
         comm.broadcast(flat, owner)
         pieces = iter(flat.split(sizes))
         for layer in its:
-            pairs[layer.name] = (next(pieces).view(r, layer.n), next(pieces).view(layer.m, r))
+            pairs[layer.name] = (next(pieces).view(layer.r, layer.n), next(pieces).view(layer.m, layer.r))
     return pairs
 
 

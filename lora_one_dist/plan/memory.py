@@ -16,8 +16,8 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``head``         2 e T h; at the moment of the head the logits of a few rows (:func:`logits_bytes`), in backward
                    AROUND_NORM T h
 - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.initialise.spectral`)
-- ``pairs``        4 r sum(m + n): the adapters to be, on every rank from the broadcast on
-- ``compensated pairs``  4 r sum(m + n) more while training, for the methods that change the base
+- ``pairs``        4 sum(r (m + n)): the adapters to be, on every rank from the broadcast on
+- ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
 """
 
@@ -97,7 +97,7 @@ def memory_and_recomputed(
     shape: Shape, config: Config, cluster: Cluster
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Bytes by phase and term, and how many blocks backward computes again in the phases that have one."""
-    e, r, on_gpu = element_bytes(config), config.lora.r, cluster.backend == "nccl"
+    e, on_gpu = element_bytes(config), cluster.backend == "nccl"
     several = _gathers(config, cluster)
     base = {
         "base": 0 if config.deepspeed.offloads and on_gpu else e * (shape.parameters // ranks_a_copy(config, cluster))
@@ -107,7 +107,7 @@ def memory_and_recomputed(
     largest = e * shape.largest_tensor if several else 0
     found = {"load": base | {"largest_tensor": largest, "staging": SLAB_BYTES if on_gpu else 0}}
     recomputed: dict[str, int] = {}
-    pairs = 4 * r * shape.adapter
+    pairs = 4 * shape.adapter
     if config.init.method in GRADIENT_METHODS:
         moments = _gradient_moments(shape, config, cluster, base)
         found["gradient"], recomputed["gradient"] = _with_blocks(shape, config, cluster, "gradient", moments)
@@ -115,11 +115,12 @@ def memory_and_recomputed(
         owned, largest_owned = fullest_owner(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
         held = 4 * parts_of_batch(config) * (max(t.m * t.n for t in shape.targets) if on_host else owned)
-        needed = singular_vectors_needed(config.init.method, r)
-        krylov = max((krylov_bytes(target, needed) for target in largest_owned), default=0)
+        method = config.init.method
+        needed = [(target, singular_vectors_needed(method, target.r)) for target in largest_owned]
+        krylov = max((krylov_bytes(target, count) for target, count in needed), default=0)
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
-    p = make_layout(shape.targets, r, cluster.ranks).share * cluster.ranks
+    p = make_layout(shape.targets, cluster.ranks).share * cluster.ranks
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
     if config.init.method in COMPENSATED_METHODS:
         states["compensated pairs"] = pairs

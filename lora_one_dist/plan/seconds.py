@@ -40,13 +40,13 @@ def operations_by_phase(
         back = sum(1.0 - share_below(shape, group) for group in groups)
         found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + 2.0 * tokens * targets)
     if config.init.method != "lora":
-        needed = singular_vectors_needed(config.init.method, config.lora.r)
-        columns = BLOCKS_EXPECTED * krylov_width(needed) * (3 if parts == 2 else 1)
-        owned, _ = fullest_owner(shape, config, cluster)
-        found["svd"] = 4.0 * columns * owned * len(groups)
+        _, owned = fullest_owner(shape, config, cluster)
+        widths = [krylov_width(singular_vectors_needed(config.init.method, target.r)) for target in owned]
+        columns = sum(width * target.m * target.n for width, target in zip(widths, owned, strict=True))
+        found["svd"] = 4.0 * BLOCKS_EXPECTED * (3 if parts == 2 else 1) * columns * len(groups)
     passes, tokens = _passes_of_step(config, cluster), tokens_of("step", config)
     forward, again = _forward(shape, config, tokens), _again(shape, config, tokens) * recomputed["step"]
-    found["step"] = passes * (2 * forward + again + 6.0 * tokens * config.lora.r * shape.adapter)
+    found["step"] = passes * (2 * forward + again + 6.0 * tokens * shape.adapter)
     return found
 
 

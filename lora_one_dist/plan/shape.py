@@ -52,8 +52,8 @@ class Shape:
 
     @property
     def adapter(self) -> int:
-        """Adapter parameters for r 1."""
-        return sum(target.m + target.n for target in self.targets)
+        """Adapter parameters."""
+        return sum(target.adapter for target in self.targets)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def gathers_a_pass(shape: Shape, zero: Mapping[str, Any], below: float = 0.0) ->
 def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     """Bytes sent by all ranks together, of one start and of one optimizer step."""
     found: dict[str, Wire] = {}
-    r, ranks, each = config.lora.r, cluster.ranks, cluster.ranks_per_host
+    ranks, each = cluster.ranks, cluster.ranks_per_host
     zero = config.deepspeed.zero
     costs = [float(target.m * target.n) for target in shape.targets]
     groups = ownership.split(costs, config.init.layer_groups)
@@ -120,13 +120,13 @@ def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, W
             target = shape.targets[i]
             if config.init.method in GRADIENT_METHODS:
                 gradient += _to_owner(4 * target.m * target.n, owner, cluster) * passes
-            broadcast += _from_owner(4 * r * (target.m + target.n), owner, cluster)
+            broadcast += _from_owner(4 * target.adapter, owner, cluster)
     if config.init.method in GRADIENT_METHODS:
         found["gradient"] = gradient
     if config.init.method == "pissa":
         found["gather weights"] = _base_gathers(shape, config, cluster, 1.0)
     found["broadcast"] = broadcast
-    share = make_layout(shape.targets, r, ranks).share
+    share = make_layout(shape.targets, ranks).share
     inside = ranks * (each - 1) / each
     between = ranks * (cluster.hosts - 1) / cluster.hosts
     e = element_bytes(config)

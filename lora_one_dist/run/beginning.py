@@ -87,7 +87,7 @@ def go_on(
         initial = checkpoint.initial_pairs(found, config, targets)
     adapters = inject_adapters(base, peft_config(config.lora, targets, config.model.path), targets, config.model.dtype)
     if initial is not None:
-        set_adapters(base, adapters, initial, config.scaling, compensate=True)
+        set_adapters(base, adapters, initial, compensate=True)
         initial = initial if record.writes else {}
     optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
     checkpoint.load_optimizer(found.folder, optimizer, found.step)
@@ -141,7 +141,7 @@ def _set(
     whole = [micro_batch for part in batch for micro_batch in part]
     before = result.loss if result.loss is not None else pairs.batch_loss(base, whole)
     adapters = inject_adapters(base, peft_config(config.lora, targets, config.model.path), targets, config.model.dtype)
-    lost = set_adapters(base, adapters, result.pairs, config.scaling, config.changes_base)
+    lost = set_adapters(base, adapters, result.pairs, config.changes_base)
     for row in result.rows:
         row["base_rounding"] = lost.get(row["name"])
     return adapters, (before, pairs.batch_loss(base, whole))

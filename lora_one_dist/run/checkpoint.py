@@ -115,7 +115,7 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> N
 
 def size_bytes(config: Config, targets: Sequence[Target]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    parameters = sum(config.lora.r * (target.m + target.n) for target in targets)
+    parameters = sum(target.adapter for target in targets)
     working = 8 if config.changes_base else {"fp32": 4, "bf16": 2}[config.model.dtype]
     return parameters * (working + (12 if config.optim.name == "adamw" else 4))
 
@@ -392,4 +392,4 @@ class Store:
 
 def initial_pairs(found: Found, config: Config, targets: Sequence[Target]) -> adapters.Pairs | None:
     """A0 and B0 as they were set, where they are part of what changed the base.  Not collective."""
-    return adapters.initial_pairs_of(found.folder / "adapter", config.lora.r, targets) if config.changes_base else None
+    return adapters.initial_pairs_of(found.folder / "adapter", targets) if config.changes_base else None

@@ -21,7 +21,8 @@ class HostsError(ValueError):
 
 
 # Settings that a run keeps: to change one is to start another run. Those not listed may change, and the change is
-# logged. What `data` and `model.path` mean is compared by content, `lora.target_modules` by the layers it names.
+# logged. What `data` and `model.path` mean is compared by content, `lora.target_modules` and the
+# patterns by the layers that they name.
 KEPT = (
     "model.dtype",
     "lora.r",
@@ -37,13 +38,14 @@ KEPT = (
     "train.global_batch_size",
     "train.seed",
 )
+LAYERS = ("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern")
 # Where things lie, or what is measured: not worth a line when it changes.
-UNLOGGED = ("model.path", "data", "lora.target_modules", "output_dir", "resume", "init")
+UNLOGGED = ("model.path", "data", *LAYERS, "output_dir", "resume", "init")
 
 
 def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any) -> dict[str, Any]:
     """What a run is: its settings, layers, and the fingerprints of base, training and evaluation data.  Pure."""
-    layers = [[target.name, target.m, target.n] for target in targets]
+    layers = [[target.name, target.m, target.n, target.r, target.scaling] for target in targets]
     settings = config.model_dump(mode="json")
     # A default that depends on other settings, or changes with a version, is stored as what it was.
     settings["optim"] |= {"preconditioner": config.optim.form, "damping": config.optim.damping_in_force}
@@ -73,7 +75,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
             refused.append(f"{key} is {new}, was {old}")
         elif not any(key == name or key.startswith(f"{name}.") for name in UNLOGGED):
             changed.append(f"{key} is now {new}, was {old}")
-    old_layers, new_layers = ({name: (m, n) for name, m, n in run["targets"]} for run in (before, now))
+    old_layers, new_layers = ({name: (m, n) for name, m, n, *_ in run["targets"]} for run in (before, now))
     if old_layers != new_layers:
         names = sorted(
             name for name in old_layers.keys() | new_layers.keys() if old_layers.get(name) != new_layers.get(name)
@@ -81,6 +83,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
         refused.append(
             f"lora.target_modules names {len(new_layers)} layers, were {len(old_layers)}; {names[0]} differs"
         )
+    elif not refused:
+        refused += _other_pairs(before["targets"], now["targets"])
     for what, key in (("the base", "base"), ("the training data", "train_data")):
         parts = [part for part in now[key] if before[key].get(part) != now[key][part]]
         if parts:
@@ -89,6 +93,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     if before["eval_data"] != now["eval_data"]:
         changed.append("the evaluation data is another one: the best checkpoint so far is forgotten")
     return refused, changed
+
+
+def _other_pairs(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> list[str]:
+    """In what rank or scale the first layer that has another one differs; runs of before patterns tell none."""
+    old = {name: pair for name, _, _, *pair in before}
+    for name, _, _, *pair in now:
+        for key, what, was, is_ in zip(LAYERS[2:], ("r", "s"), old[name], pair, strict=False):
+            if was != is_:
+                return [f"{key}: {what} of {name} is {is_:g}, was {was:g}"]
+    return []
 
 
 def refuse_unlike_hosts(hosts: Mapping[str, Mapping[str, Any]]) -> None:

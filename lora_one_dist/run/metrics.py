@@ -297,15 +297,20 @@ def peak_bytes() -> int:
 
 
 def init_summary(rows: Sequence[Mapping[str, Any]], tokens: int, r: int) -> list[str]:
-    """Lines for people about the init report: coverage at r, certificate, agreement of the halves, warnings."""
+    """Lines for people of the init report: coverage at each layer's r, certificate, agreement of the halves, warnings.
+
+    r: ``lora.r``.
+    """
     rows = [row for row in rows if "coverage" in row]
     if not rows:
         return []
     lines = []
-    at = [row["coverage"].get(r) for row in rows if r in row["coverage"]]
+    ranks = sorted({row.get("r", r) for row in rows})  # reports of before patterns tell none
+    at = [row["coverage"][own] for row in rows if (own := row.get("r", r)) in row["coverage"]]
     if at:
         mean = sum(at) / len(at)
-        lines.append(f"rank {r} covers {min(at):.0%} to {max(at):.0%} of a layer's energy, {mean:.0%} on average")
+        named = f"{r}" if ranks == [r] else f"{ranks[0]} to {ranks[-1]}"
+        lines.append(f"rank {named} covers {min(at):.0%} to {max(at):.0%} of a layer's energy, {mean:.0%} on average")
     worst = max(rows, key=lambda row: row["certified_error"])
     lines.append(f"largest certified error of a top space {worst['certified_error']:.1e} ({worst['name']})")
     overlaps = [row["half_overlap"] for row in rows if row["half_overlap"] is not None]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_one_dist.base import loading
+from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
@@ -100,6 +101,8 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     for note in plan.notes:
         record.say(note)
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
+    for line in _other_pairs(config, plan.targets):
+        record.say(line)
     damping = config.optim.damping_in_force
     how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"
     record.say(f"{config.optim.name}, {how}")
@@ -117,6 +120,20 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     positions = getattr(plan.skeleton.config, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
         record.say(f"warning: data.max_length = {config.data.max_length}, but the model was made for {positions}.")
+
+
+def _other_pairs(config: Config, targets: Sequence[Target]) -> list[str]:
+    """The layers whose rank or scale is another than that of most, a line for each pair of them."""
+    lines: dict[tuple[int, float, bool], list[Target]] = {}
+    for target in targets:
+        if (target.r, target.scaling) != (config.lora.r, config.scaling):
+            narrow = target.r < config.lora.rank_asked(target.name)
+            lines.setdefault((target.r, target.scaling, narrow), []).append(target)
+    return [
+        f"r {r}, scale {scaling:.4g} in {len(alike)} of them, e.g. {alike[0].name}"
+        + (f": {alike[0].m} x {alike[0].n}, too narrow for r {config.lora.rank_asked(alike[0].name)}" if narrow else "")
+        for (r, scaling, narrow), alike in lines.items()
+    ]
 
 
 def _where_the_base_is(config: Config) -> str:

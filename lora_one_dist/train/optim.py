@@ -159,19 +159,20 @@ def damping_at(lr: float, config: OptimConfig) -> float:
 
 @dataclass(frozen=True)
 class Block:
-    """The k targets of one shape that one rank owns: their A side by side in the flat buffers, then their B."""
+    """The k targets of one m, n and r that one rank owns: their A side by side in the flat buffers, then their B."""
 
     owner: int
     """Slot of the owner rank (:func:`hierarchy.slot`)."""
     targets: tuple[int, ...]
     m: int
     n: int
+    r: int
     start: int
     """Offset of the block inside its owner's share."""
 
-    def split(self, share: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views (k, r, n) and (k, m, r) of this block in its owner's share: stacked for one bmm, no copy."""
-        k = len(self.targets)
+        k, r = len(self.targets), self.r
         middle, end = self.start + k * r * self.n, self.start + k * r * (self.m + self.n)
         return share[self.start : middle].view(k, r, self.n), share[middle:end].view(k, self.m, r)
 
@@ -182,32 +183,31 @@ class Layout:
 
     blocks: tuple[Block, ...]
     share: int
-    r: int
 
     def views(self, flat: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Per target index its A (r, n) and B (m, r) inside a flat tensor of all shares."""
         found = {}
         for block in self.blocks:
-            A, B = block.split(flat[block.owner * self.share : (block.owner + 1) * self.share], self.r)
+            A, B = block.split(flat[block.owner * self.share : (block.owner + 1) * self.share])
             found.update({target: (A[i], B[i]) for i, target in enumerate(block.targets)})
         return found
 
 
-def make_layout(targets: Sequence[Target], r: int, world_size: int) -> Layout:
-    """Owners balanced by r (m + n); shares padded to the largest, since gloo refuses uneven ones.  Pure."""
-    owners = ownership.assign([float(r * (t.m + t.n)) for t in targets], world_size)
+def make_layout(targets: Sequence[Target], world_size: int) -> Layout:
+    """Owners balanced by layers' r (m + n); shares padded to the largest, since gloo refuses uneven ones.  Pure."""
+    owners = ownership.assign([float(target.adapter) for target in targets], world_size)
     blocks, share = [], 1
     for owner in range(world_size):
         start = 0
-        by_shape: dict[tuple[int, int], list[int]] = {}
+        by_shape: dict[tuple[int, int, int], list[int]] = {}
         for i, target in enumerate(targets):
             if owners[i] == owner:
-                by_shape.setdefault((target.m, target.n), []).append(i)
-        for (m, n), members in sorted(by_shape.items()):
-            blocks.append(Block(owner, tuple(members), m, n, start))
+                by_shape.setdefault((target.m, target.n, target.r), []).append(i)
+        for (m, n, r), members in sorted(by_shape.items()):
+            blocks.append(Block(owner, tuple(members), m, n, r, start))
             start += len(members) * r * (m + n)
         share = max(share, start)
-    return Layout(tuple(blocks), share, r)
+    return Layout(tuple(blocks), share)
 
 
 def _move_to_main_grad(parameter: Any) -> None:
@@ -236,7 +236,7 @@ class LayerShardedOptimizer:
         self.config = config
         self.names = [adapter.target.name for adapter in adapters]
         first = adapters[0].A
-        self.layout = make_layout([a.target for a in adapters], first.shape[0], comm.world_size())
+        self.layout = make_layout([a.target for a in adapters], comm.world_size())
         size = self.layout.share * comm.world_size()
         self.working = torch.zeros(size, dtype=first.dtype, device=first.device)
         self.send = torch.zeros(size, dtype=torch.float32, device=first.device)
@@ -327,7 +327,7 @@ class LayerShardedOptimizer:
             f"{self.names[i]}.lora_{side}.{kind}": tensor
             for kind, flat in self._kinds()
             for block in self._own_blocks()
-            for side, stacked in zip("AB", block.split(flat, self.layout.r), strict=True)
+            for side, stacked in zip("AB", block.split(flat), strict=True)
             for i, tensor in zip(block.targets, stacked, strict=True)
         }
 
@@ -352,8 +352,8 @@ class LayerShardedOptimizer:
     def _update(self, grads: torch.Tensor, lr: float) -> None:
         config = self.config
         for block in self._own_blocks():
-            A, B = block.split(self.masters, self.layout.r)
-            pair = block.split(grads, self.layout.r)
+            A, B = block.split(self.masters)
+            pair = block.split(grads)
             if config.damping_in_force is not None:
                 pair = precondition(A, B, *pair, damping_at(lr, config), config.form == "rescaled")
             for side, (parameter, grad) in enumerate(zip((A, B), pair, strict=True)):
@@ -361,8 +361,8 @@ class LayerShardedOptimizer:
                 if self.first is None or self.second is None:
                     sgd_(parameter, grad, rate, config.weight_decay)
                     continue
-                first = block.split(self.first, self.layout.r)[side]
-                second = block.split(self.second, self.layout.r)[side]
+                first = block.split(self.first)[side]
+                second = block.split(self.second)[side]
                 adamw_(
                     parameter,
                     grad,
@@ -379,7 +379,7 @@ class LayerShardedOptimizer:
         return [
             f"lora_{side} of {self.names[i]}"
             for block in self._own_blocks()
-            for side, stacked in zip("AB", block.split(grads, self.layout.r), strict=True)
+            for side, stacked in zip("AB", block.split(grads), strict=True)
             for i, grad in zip(block.targets, stacked, strict=True)
             if not bool(grad.isfinite().all())
         ]
@@ -390,8 +390,8 @@ class LayerShardedOptimizer:
                 if not self.parameters[i, side].grad_added_to_main_grad:
                     raise OptimizerError(f"lora_{side} of {name} got no gradient in backward: it would never train.")
         for block in self._own_blocks():
-            values = block.split(self.masters, self.layout.r)
-            for side, stacked, partners in zip("AB", block.split(grads, self.layout.r), values[::-1], strict=True):
+            values = block.split(self.masters)
+            for side, stacked, partners in zip("AB", block.split(grads), values[::-1], strict=True):
                 for i, grad, partner in zip(block.targets, stacked, partners, strict=True):
                     if not bool(grad.any()) and bool(partner.any()):
                         raise OptimizerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,13 @@ from lora_one_dist.disk import folders
 from tests import models
 from tests.runs import settings
 
-TARGETS = [Target("model.layers.0.self_attn.v_proj", 16, 32), Target("model.layers.0.mlp.down_proj", 32, 72)]
-PREFIX = "base_model.model.model.layers.0."  # PEFT's, before the names of a transformers model
 R = 4
+S = 6 / math.sqrt(R)
+TARGETS = [
+    Target("model.layers.0.self_attn.v_proj", 16, 32, R, S),
+    Target("model.layers.0.mlp.down_proj", 32, 72, R, S),
+]
+PREFIX = "base_model.model.model.layers.0."  # PEFT's, before the names of a transformers model
 
 
 @pytest.fixture
@@ -50,6 +55,12 @@ def adapters(seed: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
     values = pairs(seed)
     weight = nn.Parameter(torch.empty(0))  # nothing here may read it
     return [Adapter(t, *(nn.Parameter(value.to(dtype)) for value in values[t.name]), weight) for t in TARGETS]
+
+
+def in_every_layer(r: int) -> list[Target]:
+    """The targets of all layers of the model."""
+    named = [(i, t, t.name.partition(".0.")[2]) for i in range(4) for t in TARGETS]
+    return [Target(f"model.layers.{i}.{name}", t.m, t.n, r, S) for i, t, name in named]
 
 
 def described(folder: Path) -> dict:
@@ -189,8 +200,16 @@ B_NAME = f"{PREFIX}mlp.down_proj.lora_B.weight"
         ({"use_rslora": False}, "use_rslora is False, the run's is True"),
         ({"use_rslora": ...}, "use_rslora is None, the run's is True"),
         ({"use_dora": True}, "use_dora is True, which is not supported"),
-        ({"rank_pattern": {"v_proj": 2}}, "rank_pattern is {'v_proj': 2}, which is not supported"),
-        ({"alpha_pattern": {"v_proj": 2}}, "alpha_pattern is {'v_proj': 2}, which is not supported"),
+        (
+            {"rank_pattern": {"v_proj": 2}},
+            "rank_pattern is {'v_proj': 2}, which gives model.layers.0.self_attn.v_proj r 2",
+        ),
+        (
+            {"alpha_pattern": {"v_proj": 2}},
+            "alpha_pattern is {'v_proj': 2}, which gives model.layers.0.self_attn.v_proj ",
+        ),
+        ({"rank_pattern": {"v_proj(": 2}}, "rank_pattern is {'v_proj(': 2}, must map patterns to numbers"),
+        ({"alpha_pattern": {"v_proj": None}}, "alpha_pattern is {'v_proj': None}, must map patterns to numbers"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not supported"),
         ({A_NAME: None}, f"{A_NAME} is missing"),
@@ -249,7 +268,7 @@ def test_adapters_of_peft_that_cannot_be_trained_on(settings, message, config, m
     changes = {key: value for key, value in settings.items() if key != "resized"}
     description = peft_config(config().lora, TARGETS, str(model_folder("llama")), **changes)
     PeftModel(model, description).save_pretrained(str(tmp_path / "adapter"))
-    targets = [Target(f"model.layers.{i}.{t.name.partition('.0.')[2]}", t.m, t.n) for i in range(4) for t in TARGETS]
+    targets = in_every_layer(R)
     with pytest.raises(AdapterError) as caught:
         read_adapter(tmp_path / "adapter", config(), targets)
     assert str(caught.value).startswith(f"init.adapter = {tmp_path / 'adapter'}: {message}")
@@ -272,7 +291,7 @@ def test_converted_pissa_is_read_at_twice_the_rank(config, model_folder, tmp_pat
     at = str(tmp_path / "start")
     wrapped.save_pretrained(str(tmp_path / "adapter"), path_initial_model_for_weight_conversion=at)
     doubled = config(lora__r=2 * R, lora__alpha=6 * math.sqrt(2))
-    targets = [Target(f"model.layers.{i}.{t.name.partition('.0.')[2]}", t.m, t.n) for i in range(4) for t in TARGETS]
+    targets = in_every_layer(2 * R)
     found = read_adapter(tmp_path / "adapter", doubled, targets)
     for name, expected in change.items():
         A, B = found[name]
@@ -280,10 +299,10 @@ def test_converted_pissa_is_read_at_twice_the_rank(config, model_folder, tmp_pat
 
 
 def test_every_difference_is_told_at_once_up_to_five(config, tmp_path):
-    folder = tmp_path / "adapter"
+    folder, wider = tmp_path / "adapter", [replace(target, r=8, scaling=2.0) for target in TARGETS]
     export(folder, config(), adapters(0), TARGETS, None)
     with pytest.raises(AdapterError) as caught:
-        read_adapter(folder, config(lora__r=8, lora__alpha=16, lora__use_rslora=False), TARGETS)
+        read_adapter(folder, config(lora__r=8, lora__alpha=16, lora__use_rslora=False), wider)
     shown = str(caught.value).split(": ", 1)[1]
     assert shown == (
         "r is 4, the run's is 8; lora_alpha is 6.0, the run's is 16.0; use_rslora is True, the run's is False; "

@@ -77,7 +77,7 @@ def write_init(record: metrics.RunFolder, config: Config) -> None:
     for block in range(2):
         for kind, (m, n) in {"q_proj": (24, 16), "up_proj": (48, 16)}.items():
             parts = [torch.randn(m, n) for _ in range(2 if config.init.halves else 1)]
-            target = Target(f"model.layers.{block}.{kind}", m, n)
+            target = Target(f"model.layers.{block}.{kind}", m, n, config.lora.r, config.scaling)
             rows.append({**pairs._decompose(target, parts, config)[1], "owner": block})
     loss = {"loss_before": 3.5, "loss_after": 2.25, "target_tokens": 512}
     record.write_json("init_report.json", {"method": config.init.method, **loss, "layers": rows})

@@ -299,6 +299,13 @@ BOUNDS = [
     ("lora.r", [1], [0, -1]),
     ("lora.alpha", [1e-9], [0]),
     ("lora.dropout", [0, 0.999], [-0.1, 1]),
+    ("lora.exclude_modules", [None, [], ["v_proj"], r".*\.0\..*"], ["(", 3, [3]]),
+    (
+        "lora.rank_pattern",
+        [{}, {"v_proj": 1}, {r"layers\.[01]\..*": 3}],
+        [{"v_proj": 0}, {"(": 2}, {"v": 1.5}, ["v"], {"+": 1}],
+    ),
+    ("lora.alpha_pattern", [{}, {"v_proj": 1e-9}], [{"v_proj": 0}, {"(": 2}, {"v": "much"}]),
     ("init.num_samples", [1], [0]),
     ("init.gamma", [1e-9, None], [0, -1]),
     ("init.layer_groups", [1], [0]),

@@ -24,7 +24,8 @@ OTHER_TEXT = {  # settings of free text that are no paths
         "data.tools",
         "data.text",
     ),
-    *("lora.target_modules", "train.exact_match_pattern"),
+    *("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern"),
+    "train.exact_match_pattern",
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_one_dist.config.settings import LoraConfig
 from lora_one_dist.initialise import gradient
 from tests import models, reference
 from tests.ranks import run_ranks
@@ -55,15 +56,17 @@ def load_base(
     checkpointing: str = "non_reentrant",
     r: int = 4,
     shard_group: str = "world",
+    lora: LoraConfig | None = None,
+    rank_needed: int = 0,
     **zero: object,
 ):
     """Base and targets on this rank, with a persistence threshold that some weights lie below and some above."""
     from lora_one_dist.base import loading
-    from lora_one_dist.config.settings import LoraConfig, ModelConfig
+    from lora_one_dist.config.settings import ModelConfig
 
     settings = ModelConfig(path=str(folder), dtype="fp32", **checkpointed(checkpointing))
     deepspeed = models.deepspeed_config(zero_json, shard_group, stage3_param_persistence_threshold=600, **zero)
-    plan = loading.plan(folder, settings, LoraConfig(r=r), r)
+    plan = loading.plan(folder, settings, lora or LoraConfig(r=r), rank_needed or r)
     assert plan.sources is not None, "the sliced road must be taken"
     return loading.load(settings, deepspeed, plan, 1), plan.targets
 
@@ -122,7 +125,6 @@ def test_gradient_equals_single_process(case, model_folder):
 def gradients_with_the_head(folder, checkpointing):
     """Runs on a rank: the gradients of some blocks' layers and of the output head, where rank 0 owns all."""
     from lora_one_dist.base.targets import find_targets
-    from lora_one_dist.config.settings import LoraConfig
     from lora_one_dist.initialise import gradient
 
     base, _ = load_base(folder, "zero3", checkpointing)
@@ -170,7 +172,6 @@ def products(folder, checkpointing: str, endings: str | list[str]):
     from lora_one_dist.adapters.lora import inject_adapters, peft_config
     from lora_one_dist.base.loss import loss_sum
     from lora_one_dist.base.targets import find_targets
-    from lora_one_dist.config.settings import LoraConfig
     from lora_one_dist.initialise import gradient
 
     base, _ = load_base(folder, "zero3", checkpointing)

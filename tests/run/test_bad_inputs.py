@@ -641,10 +641,18 @@ MODEL = {
         ["model.path = base: no tokenizer can be loaded", "save_pretrained writes"],
     ),
     "tokenizer damaged": (file_is("tokenizer.json", "{"), ["model.path = base: no tokenizer can be loaded"]),
-    "r too large": (["lora.r=17"], ["lora.r = 17: must be at most min(m, n) = 16 of model.layers.0", "Lower it"]),
+    "r too large": (["lora.r=33"], ["lora.r = 33: must be at most min(m, n) = 32 of model.layers.0", "Lower it"]),
+    "pattern of no layer": (
+        ["lora.rank_pattern.q_porj=2"],
+        ["lora.rank_pattern: 'q_porj' matches no layer", "Did you mean q_proj"],
+    ),
+    "exclusion of no layer": (
+        ["lora.exclude_modules=[q_porj]"],
+        ["lora.exclude_modules: 'q_porj' matches no layer", "Did you mean q_proj"],
+    ),
     "r too large for the method": (
-        ["lora.r=10", "init.method=lora_ga"],
-        ["lora.r = 10: this init.method takes 20 singular vectors", "Lower lora.r"],
+        ["lora.r=17", "init.method=lora_ga"],
+        ["lora.r = 17: this init.method takes 34 singular vectors", "Lower lora.r"],
     ),
     "target nearly right": (["lora.target_modules=[q_porj]"], ["'q_porj' matches no layer", "Did you mean q_proj"]),
     "target that is no linear": (["lora.target_modules=[mlp]"], ["mlp is a LlamaMLP; only nn.Linear", "Leave it out"]),

@@ -29,7 +29,7 @@ from lora_one_dist.run import checkpoint, identity
 from tests import models
 from tests.kill_harness import COMPARED
 from tests.ranks import free_port, run_commands, run_ranks, write_json_lines
-from tests.runs import metrics, refused, settings, train
+from tests.runs import PATTERNS, metrics, refused, settings, train
 
 SECONDS = 120  # for a real process to come so far, on a busy machine
 EXIT_STOPPED = 75
@@ -93,7 +93,7 @@ STAGES = [  # ranks, their hosts, shard group, micro-batch size, step at which t
 
 def test_run_goes_on_at_any_number_of_ranks(base, tmp_path):
     """1, 2, 4, 3 and 1 ranks, on one host and two, with copies of the base and without, in one run."""
-    changes = {"train__max_steps": 14, "train__eval_steps": 3, "init__method": "lora_one_v1"}
+    changes = {"train__max_steps": 14, "train__eval_steps": 3, "init__method": "lora_one_v1", **PATTERNS}
     straight, out = tmp_path / "straight", tmp_path / "run"
     run_ranks(1, train, settings(base, straight, **changes))
     for world_size, hosts, group, size, stop in STAGES:
@@ -255,7 +255,7 @@ def test_layer_group_is_no_checkpoint(alone, copied, tmp_path):
     own = identity_of(copied)
     store = checkpoint.Store(copied, CheckpointConfig(), own)
     part = pairs.Initialisation({"layer": (torch.ones(1, 2), torch.ones(2, 1))}, [], 1.0)
-    store.save_group("init-1-of-2", part, [Target("layer", 2, 2)])
+    store.save_group("init-1-of-2", part, [Target("layer", 2, 2, 1, 1.0)])
     with pytest.raises(checkpoint.CheckpointError, match="is no checkpoint but a part of an initialisation"):
         checkpoint.find(tmp_path / "fresh", str(copied / "checkpoints" / "init-1-of-2"), own)
     kept, _ = store.load_group("init-1-of-2")
@@ -271,7 +271,7 @@ def test_layer_group_is_no_checkpoint(alone, copied, tmp_path):
     assert not path.parent.exists()
     for config in (own["config"], other["config"]):
         config["init"]["average"] = "micro_batch"
-    store.save_group("init-1-of-2", part, [Target("layer", 2, 2)])
+    store.save_group("init-1-of-2", part, [Target("layer", 2, 2, 1, 1.0)])
     kept, why = checkpoint.Store(copied, CheckpointConfig(), other).load_group("init-1-of-2")
     assert kept is None
     assert why == "init-1-of-2 is computed again: a mean is of micro-batches of 3 samples, was of 2"
@@ -309,6 +309,11 @@ def test_what_makes_it_another_run_is_refused_and_named(base, copied, tmp_path):
     cases = {
         "lora.r is 2, was 4": {"lora__r": 2},
         "lora.target_modules names 4 layers, were 14": {"lora__target_modules": ["q_proj", "v_proj"]},
+        "lora.target_modules names 13 layers, were 14": {"lora__exclude_modules": ["1.mlp.up_proj"]},
+        "lora.rank_pattern: r of model.layers.0.self_attn.k_proj is 2, was 4": {"lora__rank_pattern": {"k_proj": 2}},
+        "lora.alpha_pattern: s of model.layers.1.mlp.up_proj is 1, was 4": {
+            "lora__alpha_pattern": {"1.mlp.up_proj": 2}
+        },
         "model.dtype is bf16, was fp32": {"model__dtype": "bf16"},
         "train.seed is 1, was 0": {"train__seed": 1},
         "train.global_batch_size is 12, was 11": {"train__global_batch_size": 12},
@@ -367,7 +372,7 @@ def test_what_may_change_is_logged(base, copied, tmp_path):
 
 def test_a_default_and_the_same_by_name_are_one_run(base, tmp_path):
     """A preconditioner is stored as what was in force: defaults are the optimizer's, and of a version."""
-    own, targets = {}, [Target("layer", 8, 4)]
+    own, targets = {}, [Target("layer", 8, 4, 4, 4.0)]
     for name, optim in {
         "default": {},
         "named": {"preconditioner": "rescaled"},

@@ -19,7 +19,7 @@ from lora_one_dist.data import batches
 from tests import models, reference
 from tests.base.checkpoints import changed, rename
 from tests.ranks import run_commands, run_ranks, write_json_lines
-from tests.runs import metrics, peft_eval_loss, refused, settings, train
+from tests.runs import PATTERNS, metrics, peft_eval_loss, refused, settings, train
 
 
 def test_whole_run(model_folder, tmp_path):
@@ -52,13 +52,19 @@ def test_whole_run(model_folder, tmp_path):
 def test_adapter_loads_in_peft_and_gives_the_eval_loss(method, model_folder, tmp_path):
     out = tmp_path / "run"
     folder = model_folder("llama")
-    run_ranks(2, train, settings(folder, out, init__method=method))
+    changes = {**PATTERNS, "init__method": method}
+    if method == "lora_ga":
+        changes["lora__rank_pattern"] = {"v_proj": 2, "(k|gate)_proj": 16}
+    run_ranks(2, train, settings(folder, out, **changes))
     last = metrics(out)[-1]
     assert last["eval_loss"] != metrics(out)[0]["eval_loss"]
     loss = peft_eval_loss(folder, out / "adapter", models.rows(21, seed=1), torch.float32)
     assert loss == pytest.approx(last["eval_loss"], abs=1e-5)
     described = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert described["r"] == (8 if method in ("lora_one_v1", "lora_ga", "pissa") else 4)
+    times = 2 if method in ("lora_one_v1", "lora_ga", "pissa") else 1
+    assert described["r"] == 4 * times
+    narrow = 8 if method == "lora_ga" else 16
+    assert described["rank_pattern"]["k_proj"] == narrow * times, "16 x 32, and LoRA-GA takes two vectors for each rank"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_first_loss_is_the_token_mean_of_the_global_batch(model_folder, tmp_path
 def test_init_only_and_start_from_an_adapter(model_folder, tmp_path):
     folder = model_folder("llama")
     first, second, straight = (tmp_path / name for name in ("init", "continued", "straight"))
-    run_ranks(2, train, settings(folder, first, train__max_steps=0))
+    run_ranks(2, train, settings(folder, first, train__max_steps=0, **PATTERNS))
     assert sorted(path.name for path in first.iterdir()) == [
         ".lock",
         "adapter_init",
@@ -151,10 +157,10 @@ def test_init_only_and_start_from_an_adapter(model_folder, tmp_path):
         "summary.json",
         "tensorboard",
     ]
-    raw = settings(folder, second)
+    raw = settings(folder, second, **PATTERNS)
     raw["init"] = {"adapter": str(first / "adapter_init")}
     run_ranks(2, train, raw)
-    run_ranks(2, train, settings(folder, straight))
+    run_ranks(2, train, settings(folder, straight, **PATTERNS))
     losses = [[line["loss"] for line in metrics(out) if "loss" in line] for out in (second, straight)]
     assert losses[0] == losses[1], "the same bits: the adapter is fp32 on disk"
 
@@ -173,8 +179,8 @@ def test_given_adapter_must_fit(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"lora__r": 40}, "lora.r = 40: must be at most min(m, n) = 16"),
-        ({"lora__r": 12, "init__method": "lora_ga"}, "this init.method takes 24 singular vectors"),
+        ({"lora__r": 40}, "lora.r = 40: must be at most min(m, n) = 32"),
+        ({"lora__r": 17, "init__method": "lora_ga"}, "this init.method takes 34 singular vectors"),
         ({"lora__target_modules": ["q_porj"]}, "'q_porj' matches no layer. Did you mean q_proj"),
         ({"lora__target_modules": ["input_layernorm"]}, "is a LlamaRMSNorm; only nn.Linear"),
         ({"train__global_batch_size": 200}, "train.global_batch_size = 200: the training data has 100 samples"),

@@ -17,6 +17,8 @@ from tests.ranks import run_ranks
 
 R = 4
 SHAPES = [(24, 16), (16, 24), (24, 16), (40, 8), (8, 40), (24, 16), (16, 16)]
+RANKS = [R, R, R, R, 2, 7, R]  # of three layers of one shape, one has another
+LAYERS = [(m, n, r) for (m, n), r in zip(SHAPES, RANKS, strict=True)]
 TOLERANCE = 1e-6  # the issue's; fp32 rounding is 6e-8 a step, and the reference is float64
 STEPS, MICRO_BATCHES = 4, 3
 
@@ -24,7 +26,7 @@ STEPS, MICRO_BATCHES = 4, 3
 def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of every shape; the second B has singular values 1 to 1e-5, so cond(B'B) is 1e10."""
     generator = torch.Generator().manual_seed(0)
-    made = [(torch.randn(R, n, generator=generator), torch.randn(m, R, generator=generator)) for m, n in SHAPES]
+    made = [(torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)) for m, n, r in LAYERS]
     U = torch.linalg.qr(made[1][1]).Q
     V = torch.linalg.qr(torch.randn(R, R, generator=generator)).Q
     made[1] = (made[1][0], U * torch.logspace(0, -5, R) @ V)
@@ -34,7 +36,7 @@ def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def gradients(step: int, micro_batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What a micro-batch adds; each is summed over micro-batches and ranks."""
     generator = torch.Generator().manual_seed(1000 * step + micro_batch + 1)
-    return [(torch.randn(R, n, generator=generator), torch.randn(m, R, generator=generator)) for m, n in SHAPES]
+    return [(torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator)) for m, n, r in LAYERS]
 
 
 CONFIGS = {
@@ -49,8 +51,8 @@ def train_pairs(config: OptimConfig, micro_batches: int):
     from lora_one_dist.cluster import comm
 
     adapters = [
-        Adapter(Target(f"layer.{i}", *shape), nn.Parameter(A.clone()), nn.Parameter(B.clone()), nn.Parameter(A))
-        for i, (shape, (A, B)) in enumerate(zip(SHAPES, pairs(), strict=True))
+        Adapter(Target(f"layer.{i}", *layer, 1.0), nn.Parameter(A.clone()), nn.Parameter(B.clone()), nn.Parameter(A))
+        for i, (layer, (A, B)) in enumerate(zip(LAYERS, pairs(), strict=True))
     ]
     optimizer = optim.LayerShardedOptimizer(adapters, config)
     norms = []
@@ -191,7 +193,7 @@ def test_sgd_is_preconditioned_gradient_descent():
         rate = config.lr / (step + 1)
         for pair, (gA, gB) in zip(state, gradients(step, 0), strict=True):
             A, B = pair
-            eye = config.damping_in_force * torch.eye(R, dtype=torch.float64)
+            eye = config.damping_in_force * torch.eye(len(A), dtype=torch.float64)
             pair[0] = A * (1 - rate * 0.2) - rate * torch.linalg.inv(B.T @ B + eye) @ gA.double()
             pair[1] = B * (1 - rate * 0.2) - rate * gB.double() @ torch.linalg.inv(A @ A.T + eye)
     for i, (pair, expected) in enumerate(zip(trained, state, strict=True)):
@@ -204,9 +206,9 @@ def bad_gradients(kind: str):
     """Runs on a rank: one step whose gradients are wrong in a way; returns the error every rank sees."""
     from lora_one_dist.cluster import comm
 
-    A = [nn.Parameter(torch.ones(R, n)) for _, n in SHAPES]
-    B = [nn.Parameter(torch.zeros(m, R) if kind == "zero-B" else torch.ones(m, R)) for m, _ in SHAPES]
-    adapters = [Adapter(Target(f"layer.{i}", *s), A[i], B[i], A[i]) for i, s in enumerate(SHAPES)]
+    A = [nn.Parameter(torch.ones(r, n)) for _, n, r in LAYERS]
+    B = [nn.Parameter(torch.zeros(m, r) if kind == "zero-B" else torch.ones(m, r)) for m, _, r in LAYERS]
+    adapters = [Adapter(Target(f"layer.{i}", *s, 1.0), A[i], B[i], A[i]) for i, s in enumerate(LAYERS)]
     optimizer = optim.LayerShardedOptimizer(adapters, OptimConfig(preconditioner="rescaled"))
     loss = sum((a.sum() + b.sum()) for a, b in zip(A[1:], B[1:], strict=True)) + B[0].sum()
     if kind in ("zero", "zero-B"):
@@ -248,13 +250,13 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 11])
 def test_layout_places_every_pair_once(world_size):
-    targets = [Target(str(i), m, n) for i, (m, n) in enumerate(SHAPES)]
-    layout = optim.make_layout(targets, R, world_size)
+    targets = [Target(str(i), *layer, 1.0) for i, layer in enumerate(LAYERS)]
+    layout = optim.make_layout(targets, world_size)
     flat = torch.zeros(layout.share * world_size)
     for i, (A, B) in layout.views(flat).items():
-        assert A.shape == (R, SHAPES[i][1])
-        assert B.shape == (SHAPES[i][0], R)
+        assert A.shape == (RANKS[i], SHAPES[i][1])
+        assert B.shape == (SHAPES[i][0], RANKS[i])
         A += 1
         B += 1
     assert flat.max() == 1, "no overlap"
-    assert flat.sum() == sum(R * (m + n) for m, n in SHAPES), "nothing left out"
+    assert flat.sum() == sum(r * (m + n) for m, n, r in LAYERS), "nothing left out"

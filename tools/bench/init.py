@@ -95,7 +95,7 @@ class Ours:
         with self._phase("set adapters"):
             description = peft_config(self.config.lora, self.targets, self.config.model.path)
             adapters = inject_adapters(self.base, description, self.targets, self.config.model.dtype)
-            set_adapters(self.base, adapters, result.pairs, self.config.scaling, compensate=False)
+            set_adapters(self.base, adapters, result.pairs, compensate=False)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:

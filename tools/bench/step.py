@@ -115,7 +115,7 @@ def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dic
 
     settings = ModelConfig(path=str(folder / "model"), dtype="fp32")
     targets = loading.plan(folder / "model", settings, LoraConfig(r=r), 0).targets
-    owned = [block for block in optim.make_layout(targets, r, ranks).blocks if block.owner == 0]
+    owned = [block for block in optim.make_layout(targets, ranks).blocks if block.owner == 0]
     generator = torch.Generator(harness.device()).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""The adapters' settings, and PEFT's rules of which layers a name or a pattern means.  Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from lora_one_dist.config.group import Group
+
+Value = TypeVar("Value")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Does a key of ``rank_pattern`` or ``alpha_pattern`` mean this module?  (peft.utils.other.get_pattern_key)"""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def by_pattern(patterns: Iterable[tuple[str, Value]], name: str, default: Value) -> Value:
+    """The value of the first pattern that means this module."""
+    return next((value for pattern, value in patterns if matches(pattern, name)), default)
+
+
+def ends(ending: str, name: str) -> bool:
+    """Does an item of ``target_modules`` or ``exclude_modules`` mean this module?"""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        fault = {"pattern": repr(pattern), "error": str(error)}
+        raise PydanticCustomError("expression", "{pattern} is no regular expression ({error})", fault) from error
+    return pattern
+
+
+Expression = Annotated[str, AfterValidator(_expression)]
+
+
+class LoraConfig(Group):
+    """Shape of the adapters, in PEFT's terms."""
+
+    r: int = Field(8, ge=1)
+    """The LoRA rank, at least 1 and at most min(out_features, in_features) of a target; a narrower target has as many
+    as it can. Typical 8 to 64."""
+    alpha: float = Field(16.0, gt=0)
+    """Scale: s = alpha / r, or alpha / sqrt(r) with use_rslora. Above 0."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input while training, in [0, 1); always off in the gradient phase."""
+    use_rslora: bool = True
+    """s = alpha / sqrt(r) (arXiv 2312.03732), as in the LoRA-One recipes."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """all-linear (every linear layer but the output head), or a list of module name endings, e.g. [q_proj, v_proj]."""
+    exclude_modules: list[str] | Expression | None = None
+    """Of these, layers to leave out: a list of module name endings, or a regular expression of whole names."""
+    rank_pattern: dict[Expression, Annotated[int, Field(ge=1, strict=True)]] = Field(default_factory=dict)
+    """Another r, at least 1, for layers whose name ends in what a regular expression matches, e.g. {v_proj: 16}; the
+    first that matches counts."""
+    alpha_pattern: dict[Expression, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Another alpha, above 0, for layers, as in rank_pattern."""
+
+    def scale(self, r: int, alpha: float) -> float:
+        """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def rank_asked(self, name: str) -> int:
+        """r for the layer of this name, whatever its shape."""
+        return by_pattern(self.rank_pattern.items(), name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """alpha of the layer of this name."""
+        return by_pattern(self.alpha_pattern.items(), name, self.alpha)
+
+    def excludes(self, name: str) -> bool:
+        """Does ``exclude_modules`` name this module?  (peft.tuners.tuners_utils.check_target_module_exists)"""
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, name) is not None
+        return any(ends(ending, name) for ending in self.exclude_modules or ())
+
+
+def patterns_for(wanted: Mapping[str, Value], default: Value, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Patterns that mean ``wanted`` by layer in whatever order they are read: PEFT saves them sorted, and the first
+    that matches counts.
+
+    Those ``given`` where they do; else with the last parts of the names of layers that they do not give their value;
+    else such parts alone; else a whole name for each layer that differs from the default.
+    """
+
+    def missed(patterns: Mapping[str, Value]) -> list[str]:
+        read = sorted(patterns.items())
+        return [name for name, value in wanted.items() if by_pattern(read, name, default) != value]
+
+    def by_part(names: Iterable[str]) -> dict[str, Value]:
+        return {re.escape(name.rpartition(".")[2]): wanted[name] for name in names}
+
+    differing = [name for name, value in wanted.items() if value != default]
+    whole = {f"^{re.escape(name)}": wanted[name] for name in differing}
+    for patterns in (dict(given), {**given, **by_part(missed(given))}, by_part(differing)):
+        if not missed(patterns):
+            return patterns
+    assert not missed(whole), f"patterns do not give {missed(whole)[:3]} their value"
+    return whole
