@@ -30,7 +30,7 @@ def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **c
     """PEFT's description of the adapters; all-linear becomes the list of module endings, as PEFT itself writes it."""
     endings = lora.target_modules
     if endings == "all-linear":
-        endings = sorted({target.name.rpartition(".")[2] for target in targets})
+        endings = sorted({_ending(target.name) for target in targets})
     fields: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
@@ -42,6 +42,12 @@ def peft_config(lora: LoraConfig, targets: Sequence[Target], base_path: str, **c
         "bias": "none",
     }
     return PeftLoraConfig(**{**fields, **changes})
+
+
+def _ending(name: str) -> str:
+    """The last part of a module's name; of a number in a list, which blocks have too, the last two."""
+    above, _, last = name.rpartition(".")
+    return f"{above.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 @dataclass(frozen=True)
