@@ -38,7 +38,7 @@ def peft_config(
     """
     endings = lora.target_modules
     if endings == "all-linear":
-        endings = sorted({target.name.rpartition(".")[2] for target in targets})
+        endings = sorted({_ending(target.name) for target in targets})
     ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
     alphas = patterns_for({t.name: lora.alpha_of(t.name) for t in targets}, lora.alpha, lora.alpha_pattern)
     grown = math.sqrt(times) if lora.use_rslora else times  # alpha / sqrt(r), or alpha / r, stays
@@ -56,6 +56,12 @@ def peft_config(
         "bias": "none",
     }
     return PeftLoraConfig(**{**fields, **changes})
+
+
+def _ending(name: str) -> str:
+    """The last part of a module's name; of a number in a list, which blocks have too, the last two."""
+    above, _, last = name.rpartition(".")
+    return f"{above.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 @dataclass(frozen=True)

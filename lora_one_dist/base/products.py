@@ -16,7 +16,9 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer_input: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         ctx.layer = layer
-        return nn.functional.linear(layer_input, layer.weight, layer.bias)
+        rows = nn.functional.linear(layer_input.reshape(-1, layer_input.shape[-1]), layer.weight, layer.bias)
+        # No view, as that of a bias is else: others write to it (an adapter, a model's residual).
+        return torch.ops.aten._unsafe_view(rows, [*layer_input.shape[:-1], rows.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -68,8 +68,8 @@ class ModelConfig(Group):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the base weights and of the adapters' working copies; masters and moments are always fp32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "varlen"] = "auto"
-    """Attention kernel, as transformers names it (auto: sdpa, or eager where a model has none); or varlen, torch's own
-    over documents laid end to end: no padding, no mask, for packed rows and uneven samples on GPUs, in bf16."""
+    """Attention kernel, as transformers names it (auto: sdpa, or eager where a model has none), or varlen, torch's
+    flash kernel over documents end to end: no padding or mask, for packed rows and uneven samples on GPUs, in bf16."""
     recompute: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
     """Blocks whose inside backward computes again instead of keeping it: as few as memory_gb asks for (auto), all (but
     the last, with which backward begins), none, or the first so many. Each costs a third of its work once more."""
