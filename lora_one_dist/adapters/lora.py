@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_one_dist.adapters.branch import ADAPTER, AdaptedLinear
+from lora_one_dist.adapters.peft_settings import target_modules
 from lora_one_dist.base.sharding import Base, add_low_rank
 from lora_one_dist.base.skeleton import DTYPES, ModelError
 from lora_one_dist.base.targets import Target
@@ -36,9 +37,11 @@ def peft_config(
     Args:
         times: every rank is so many times the target's, at the same scale.  changes: of single fields.
     """
-    endings = lora.target_modules
+    endings: list[str] | str = lora.target_modules
     if endings == "all-linear":
         endings = sorted({_ending(target.name) for target in targets})
+    if not isinstance(endings, str):
+        endings = target_modules(endings, [target.name for target in targets])
     ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
     alphas = patterns_for({t.name: lora.alpha_of(t.name) for t in targets}, lora.alpha, lora.alpha_pattern)
     grown = math.sqrt(times) if lora.use_rslora else times  # alpha / sqrt(r), or alpha / r, stays

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_one_dist.config.lora import by_pattern
@@ -26,6 +26,7 @@ HONOURED |= {"layers_to_transform", "ensure_weight_tying", *PATTERNS, *BEYOND_PA
 HISTORY = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
 HISTORY |= {"lora_dropout", "init_lora_weights", "layers_pattern", "megatron_core", "loftq_config", "eva_config"}
 HISTORY |= {"corda_config", "lora_ga_config", "runtime_config", "qalora_group_size", "tp_plan", "parent_library"}
+LANGUAGE_MODELS = ("language_model", "text_model")  # as transformers names the one beside towers
 BIASES = ("none", "all", "lora_only")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that PEFT takes out of the base
 REPEATED = ("pissa", "olora")  # of these, what PEFT takes out again when it loads the adapter, to the bit
@@ -110,6 +111,20 @@ def tokens_of(config: Mapping[str, Any], module: str) -> list[int] | None:
     if not isinstance(told, list) or not all(isinstance(token, int) and token >= 0 for token in told):
         return None
     return told
+
+
+def target_modules(endings: Collection[str], names: Collection[str]) -> list[str] | str:
+    """``endings`` for ``adapter_config.json``; of a language model beside towers as an expression that spares these.
+
+    Args:
+        names: of the adapted modules.
+    """
+    within = {part for name in names for part in name.split(".") if part in LANGUAGE_MODELS}
+    if not within:
+        return sorted(endings)
+    either, ends = "|".join(sorted(within)), "|".join(map(re.escape, sorted(endings)))
+    outside = [re.escape(name) for name in names if not within & {*name.split(".")}]  # a head
+    return "|".join([rf"(?:.*\.)?(?:{either})\.(?:.*\.)?(?:{ends})", *outside])
 
 
 def adapted(config: Mapping[str, Any], module: str, parameter: str = "weight") -> str | None:
