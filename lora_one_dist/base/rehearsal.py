@@ -31,6 +31,10 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkp
 SCANNED = 4  # tokens in a chunk
 TOKENS = 12
 CHANGED = 6  # from this one on
+RULE = (
+    "what is trained here predicts the next token. Give a causal language model; of some types that is one with "
+    "is_decoder: true in its config.json."
+)
 EQUAL = 1e-4  # of the largest difference or gradient: fp32 of other orders of summation stays below 1e-5
 
 
@@ -47,23 +51,39 @@ def rehearse(skeleton: Any, config: ModelConfig) -> str | None:
         ModelError: naming value, rule and remedy.
     """
     refuse_kept(skeleton, config.recompute)
-    cause = ""
-    for shortened in (True, False):
-        model = _prepared(skeleton, shortened)
-        with ThinProducts(), dropout_off(model), torch.random.fork_rng(devices=[]):
-            try:
-                one, other = _both(model)
-            except Exception as error:  # a model's own code may fail in any way
-                cause = f"its code does not run by itself ({type(error).__name__}: {cause_of(error)})"
-                continue
-            cause = _refuse_not_causal(skeleton, one, other)
-            if not cause and config.recompute not in ("none", 0) and most_blocks(model):
-                cause = _refuse_wrong_again(model, config.checkpointing)
-            break
+    value = f"model.path = {config.path}: its model_type = {skeleton.config.model_type!r}"
+    try:
+        cause = _ask(skeleton, config, value, shortened=True)
+    except ModelError as refusal:
+        cause = str(refusal)  # as it would be with all of its blocks?
+    if cause:
+        cause = _ask(skeleton, config, value, shortened=False)
     if not cause:
         return None
-    _refuse_masked(skeleton)
-    return f"whether {type(skeleton).__name__} is causal and may recompute could not be checked: {cause}"
+    _refuse_masked(skeleton, value)
+    return f"whether {type(skeleton).__name__} is causal, and may recompute, could not be checked: {cause}"
+
+
+def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str:
+    """Raise ModelError, or say why the model could not be asked ('' if it could)."""
+    try:
+        model = _prepared(skeleton, shortened)
+        with _rehearsing(model):
+            one, other = _both(model)
+    except Exception as error:  # a model's own code may fail in any way
+        return f"its code does not run by itself ({type(error).__name__}: {cause_of(error)})"
+    cause = _refuse_not_causal(one, other, value)
+    if cause or config.recompute in ("none", 0) or not most_blocks(model):
+        return cause
+    with _rehearsing(model):
+        return _refuse_wrong_again(model, config.checkpointing)
+
+
+@contextlib.contextmanager
+def _rehearsing(model: Any) -> Iterator[None]:
+    """As a run goes, but for products of large weights; the generators of the process are left as they were."""
+    with ThinProducts(), dropout_off(model), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,17 +95,14 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return _logits(model, first), _logits(model, second)
 
 
-def _refuse_masked(skeleton: Any) -> None:
+def _refuse_masked(skeleton: Any, value: str) -> None:
     """Raise ModelError if a model that cannot be asked is of a type that is made to fill in masked tokens."""
-    config = skeleton.config
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise ModelError(
-            f"model.path: its model_type = {config.model_type!r} sees the tokens that it is to predict (its is_decoder "
-            "is not set); what is trained here predicts the next token. Give a causal language model."
-        )
+    kind = skeleton.config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(skeleton.config, "is_decoder", False):
+        raise ModelError(f"{value} sees the tokens that it is to predict (its is_decoder is not set); {RULE}")
 
 
-def _refuse_not_causal(skeleton: Any, one: torch.Tensor, other: torch.Tensor) -> str:
+def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> str:
     """Raise ModelError, or say why these logits tell nothing ('' if they do)."""
     change = (one - other).abs()
     after, before = float(change[:, CHANGED:].max()), float(change[:, :CHANGED].max())
@@ -93,10 +110,8 @@ def _refuse_not_causal(skeleton: Any, one: torch.Tensor, other: torch.Tensor) ->
         return "with random weights its logits are not finite, or the same for all tokens"
     if before > EQUAL * after:
         raise ModelError(
-            f"model.path: {type(skeleton).__name__} is not causal: tokens changed from position {CHANGED} on change "
-            f"the logits before it by {before / after:.2g} of what they change behind it: it would be trained with "
-            "the tokens that it is to predict in sight. Give a causal language model; of some types that is one with "
-            "is_decoder: true in its config.json."
+            f"{value} sees the tokens that it is to predict: other tokens from position {CHANGED} on change the logits "
+            f"before it by {before / after:.2g} of what they change behind it; {RULE}"
         )
     return ""
 

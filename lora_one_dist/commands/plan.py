@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from lora_one_dist.base import loading
+from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.targets import find_targets
 from lora_one_dist.commands import command_line
@@ -102,6 +104,8 @@ def shape_of(settings: Config) -> Shape:
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
     needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed)
+    for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):
+        command_line.tell(note)
     return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold)
 
 

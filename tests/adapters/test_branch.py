@@ -27,6 +27,17 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class Writer(Block):
+    """The same, in place: as Falcon adds its residual to what a target gave back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = self.up(x)
+        product *= nn.functional.silu(self.gate(x))
+        y = self.down(product)
+        y += x
+        return y
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +111,19 @@ def test_gradients_are_added_to_main_grad_and_left_nowhere_else(dtype):
         assert reference.relative((parameter.main_grad - 1) / 2, expected[name]) <= (
             1e-5 if dtype.itemsize == 4 else 3e-2
         )
+
+
+@pytest.mark.parametrize("frozen_products", [True, False])
+@pytest.mark.parametrize("how", [None, True, False], ids=["none", "reentrant", "non_reentrant"])
+def test_a_models_own_code_may_write_to_the_output(how, frozen_products):
+    ours, writers = (build(torch.float32, 0.0, frozen_products)[1] for _ in range(2))
+    for block in writers.layers:
+        block.__class__ = Writer
+    expected, found = gradients(ours, how), gradients(writers, how)
+    for truth, value in zip(expected[:2], found[:2], strict=True):
+        assert reference.relative(value, truth) <= 1e-6
+    for name, truth in expected[2].items():
+        assert reference.relative(found[2][name], truth) <= 1e-6, name
 
 
 def test_evaluation_neither_saves_nor_drops():

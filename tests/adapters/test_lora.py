@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CTRLConfig, CTRLLMHeadModel
 
 from lora_one_dist.adapters.lora import inject_adapters, peft_config
 from lora_one_dist.base import sharding
@@ -24,6 +25,16 @@ def test_peft_config_names_the_endings_of_all_linear(llama):
     assert set(found.target_modules) == endings, "not lm_head"
     assert (found.r, found.lora_alpha, found.lora_dropout, found.use_rslora) == (4, 10, 0.25, False)
     assert (found.base_model_name_or_path, found.task_type, found.bias) == ("org/base", "CAUSAL_LM", "none")
+
+
+def test_a_number_alone_is_no_ending():
+    net = CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=32, dff=48, n_layer=3, n_head=4)).requires_grad_(False)
+    lora = LoraConfig(r=4)
+    targets = find_targets(net, lora)
+    found = peft_config(lora, targets, "x")
+    assert {"ffn.0", "ffn.2"} < set(found.target_modules), "0 and 2 would be blocks too"
+    adapters = inject_adapters(sharding.Base(net, copies=1), found, targets, "fp32")
+    assert [adapter.target for adapter in adapters] == targets
 
 
 def test_peft_config_keeps_a_given_list_and_takes_changes(llama):

@@ -326,7 +326,7 @@ BOUNDS = [
     ("train.exact_match_samples", [0], [-1]),
     ("train.seed", [0], [-1]),
     ("model.dtype", ["bf16", "fp32"], ["fp16"]),
-    ("model.attn_implementation", ["eager", "flash_attention_2"], ["fast"]),
+    ("model.attn_implementation", ["auto", "eager", "flash_attention_2"], ["fast"]),
     ("model.recompute", ["auto", "all", "none", 0, 3], [True, -1, "some"]),
     ("model.checkpointing", ["reentrant"], [True, "none"]),
     ("model.memory_gb", ["auto", 0.5, 70], [0, "all", True]),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig, GitConfig
 
 from lora_one_dist.config.settings import LoraConfig
 from lora_one_dist.initialise import gradient
@@ -142,6 +143,62 @@ def test_gradient_of_the_head(checkpointing, model_folder):
     assert sorted(found) == sorted(names)
     for name, G in found.items():
         assert reference.relative(G, truth[name]) <= TOLERANCE, name
+
+
+FALCON = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+GIT = ["self.query", "self.key", "self.value", "attention.output.dense", "intermediate.dense"]
+VISION = {"num_hidden_layers": 1, "hidden_size": 12}
+WRITERS: dict[str, tuple] = {  # models whose own code writes to what a target or the embedding gave back
+    "falcon": (FalconConfig, {"hidden_dropout": 0.0}, FALCON, "reentrant"),
+    "falcon biased": (FalconConfig, {"bias": True}, FALCON, "non_reentrant"),
+    "git": (GitConfig, {"intermediate_size": 48, "vision_config": VISION}, GIT, "non_reentrant"),
+}
+
+
+def writer(kind: str, folder: Path) -> Path:
+    described, more, *_ = WRITERS[kind]
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    net = AutoModelForCausalLM.from_config(described(**sizes, initializer_range=0.2, **more))
+    net.save_pretrained(folder / kind)
+    return folder / kind
+
+
+def gradients_of_writers(folder):
+    """Runs on a rank: of each model the gradients, where rank 0 owns all; then a step's."""
+    from lora_one_dist.adapters.lora import inject_adapters, peft_config
+    from lora_one_dist.base import loading
+    from lora_one_dist.base.loss import loss_sum
+    from lora_one_dist.config.settings import LoraConfig, ModelConfig
+    from lora_one_dist.initialise import gradient
+
+    (batch,) = gradient.deal_micro_batches(models.samples(SAMPLES), 2, "token", 1, pad_token_id=0)
+    found = {}
+    for kind, (*_, endings, how) in WRITERS.items():
+        settings = ModelConfig(path=str(folder / kind), dtype="fp32", recompute="all", checkpointing=how)
+        lora = LoraConfig(r=4, target_modules=endings)
+        plan = loading.plan(folder / kind, settings, lora, 4)
+        base = loading.load(settings, models.deepspeed_config("zero3"), plan, 2)
+        owned, _ = gradient.full_gradient(base, plan.targets, [0] * len(plan.targets), batch, "device")
+        inject_adapters(base, peft_config(lora, plan.targets, "base"), plan.targets, "fp32")
+        base.module.train()
+        loss_sum(base.module, batch[0].tensors).backward()
+        trained = [p.grad for n, p in base.module.named_parameters() if n.endswith("lora_B.default.weight")]
+        found[kind] = owned, len(trained), all(bool(grad.any()) for grad in trained)
+    return found
+
+
+def test_models_that_write_in_place(tmp_path):
+    for kind in WRITERS:
+        writer(kind, tmp_path)
+    found, _ = run_ranks(2, gradients_of_writers, tmp_path)
+    for kind, (owned, trained, moves) in found.items():
+        net = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float64).eval()
+        truth = reference.full_gradient(net, models.samples(SAMPLES), list(owned))
+        worst = max((reference.relative(G, truth[name]), name) for name, G in owned.items())
+        assert worst[0] <= TOLERANCE, (kind, worst)
+        assert trained == len(owned)
+        assert moves
 
 
 def blocks_with_a_graph(folder, checkpointing: str, first: int):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from transformers import CTRLConfig, CTRLLMHeadModel
 
+from lora_one_dist.base.targets import find_targets
 from lora_one_dist.commands import plan as command
 from lora_one_dist.plan import advice as advice_module
 from lora_one_dist.plan.memory import host_bytes, memory_and_recomputed, memory_by_phase
@@ -198,6 +200,26 @@ def test_one_block_fewer_would_not_fit(gigabytes):
         assert sum(memory[phase].values()) <= gigabytes * 1e9
         fewer = config.model_copy(update={"model": config.model.model_copy(update={"recompute": count - 1})})
         assert count == 0 or sum(memory_by_phase(found, fewer, cluster)[phase].values()) > gigabytes * 1e9
+
+
+def test_a_model_without_checkpointing_recomputes_nothing_though_it_does_not_fit():
+    net = CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=32, dff=48, n_layer=4, n_head=4))
+    config, cluster = settings("llama-2-7b"), Cluster(1, 8, bytes_per_rank=1)
+    for model, count in ((net, 0), (models.llama(layers=4), 3)):
+        found = shape_of(model, find_targets(model, config.lora), 0)
+        assert memory_and_recomputed(found, config, cluster)[1] == {"gradient": count, "step": count}
+
+
+def test_the_attention_that_a_model_has_counts():
+    net = models.llama()
+    net.config._attn_implementation = "eager"
+    config, cluster = settings("llama-2-7b", "model.recompute=none"), Cluster(1, 8)
+    assert config.model.attn_implementation == "auto"
+    eager, sdpa = (shape_of(model, find_targets(model, config.lora), 0) for model in (net, models.llama()))
+    more = [memory_by_phase(found, config, cluster)["step"]["activations"] for found in (eager, sdpa)]
+    length = config.data.max_length
+    scores = 4 + 2  # bytes: the softmax is in fp32
+    assert more[0] - more[1] == scores * net.config.num_attention_heads * length * length * 4, "of 4 blocks"
 
 
 def test_faster_settings_are_faster_and_fit():
