@@ -38,7 +38,7 @@ def peft_config(
     """
     endings = lora.target_modules
     if endings == "all-linear":
-        endings = sorted({target.name.rpartition(".")[2] for target in targets})
+        endings = sorted({target.ending or target.name.rpartition(".")[2] for target in targets})
     ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
     alphas = patterns_for({t.name: lora.alpha_of(t.name) for t in targets}, lora.alpha, lora.alpha_pattern)
     grown = math.sqrt(times) if lora.use_rslora else times  # alpha / sqrt(r), or alpha / r, stays

@@ -7,7 +7,7 @@ In: the ``model``, ``lora`` and ``deepspeed`` groups of a config.  Out: a :class
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_one_dist.base.files import refuse_missing, refuse_unfit, tensor_source
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
 from lora_one_dist.base.skeleton import DTYPES, ModelError, build_skeleton
-from lora_one_dist.base.targets import Target, find_targets
+from lora_one_dist.base.targets import Target, choose
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import DeepSpeedConfig, LoraConfig, ModelConfig
 from lora_one_dist.disk import weights
@@ -35,6 +35,8 @@ class Plan:
     targets: list[Target]
     sources: dict[str, weights.TensorSource] | None
     """Where each tensor's values lie, or None where names do not map one to one."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Linear layers that all-linear leaves out besides the head: why, by name."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -48,13 +50,13 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
         ModelError: naming value, rule and remedy.
     """
     skeleton = build_skeleton(config, folder)
-    targets = find_targets(skeleton, lora, rank_needed)
+    targets, left_out = choose(skeleton, lora, rank_needed)
     files = weight_files(folder, config.allow_pickle)
     blocks_asked(config.recompute, most_blocks(skeleton))
     sources = None if files[0].suffix == ".bin" else tensor_sources(files, skeleton)
     if sources is None:
         refuse_unfit(config, skeleton, files)
-    return Plan(folder, skeleton, targets, sources)
+    return Plan(folder, skeleton, targets, sources, left_out)
 
 
 def check_loadable(planned: Plan, shard_group: str) -> None:
