@@ -54,13 +54,15 @@ def peft_config(
         "target_modules": endings,
         "exclude_modules": lora.exclude_modules,
         "bias": "none",
+        "fan_in_fan_out": any(target.transposed for target in targets),
     }
     return PeftLoraConfig(**{**fields, **changes})
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight`` (m, n)."""
+    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight``, (m, n) or,
+    ``target.transposed``, (n, m)."""
 
     target: Target
     A: nn.Parameter
@@ -108,7 +110,9 @@ def set_adapters(base: Base, adapters: Sequence[Adapter], pairs: Pairs, compensa
                 parameter.copy_(value)
         if compensate:
             scaling = adapter.target.scaling
-            squared_errors[i] = add_low_rank(adapter.weight, adapter.B.detach(), adapter.A.detach(), -scaling)
+            pair = adapter.B.detach(), adapter.A.detach()
+            left, right = (pair[1].T, pair[0].T) if adapter.target.transposed else pair
+            squared_errors[i] = add_low_rank(adapter.weight, left, right, -scaling)
             norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
     if not compensate:
         return {}

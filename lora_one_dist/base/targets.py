@@ -24,6 +24,9 @@ PEFT_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 PEFT_MAMBA_LAYERS = ("out_proj", "conv1d")
 
 
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's: a linear layer whose weight is (n, m)
+
+
 @dataclass(frozen=True)
 class Target:
     """A linear layer that gets an adapter."""
@@ -38,6 +41,8 @@ class Target:
     """Its LoRA rank: ``lora.r`` or a pattern's, but at most what its shape and the initialisation allow."""
     scaling: float
     """s in W + s B A."""
+    transposed: bool = False
+    """Is the weight (n, m), as that of a Conv1D (GPT-2)?"""
     ending: str = ""
     """Of its name, where the last part alone would name other modules too; for PEFT, which goes by endings."""
 
@@ -67,15 +72,10 @@ def choose(model: Any, lora: LoraConfig, rank_needed: int = 0) -> tuple[list[Tar
             cannot be adapted, a layer that shares its weight, or a rank that no layer it is for can have.
     """
     modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     _refuse_experts(model)
     _refuse_idle_exclusions(linear, lora)
     if lora.target_modules == "all-linear":
-        if any(isinstance(module, Conv1D) for module in modules.values()):
-            raise ModelError(
-                "lora.target_modules = all-linear: the model has Conv1D layers (transposed weights), which are not "
-                "supported. Use a model with plain linear layers."
-            )
         head = model.get_output_embeddings()
         named = [name for name in linear if modules[name] is not head]
     else:
@@ -83,13 +83,21 @@ def choose(model: Any, lora: LoraConfig, rank_needed: int = 0) -> tuple[list[Tar
     names, left_out = _suited(model, modules, [name for name in named if not lora.excludes(name)], lora)
     if not names:
         raise ModelError(f"lora.target_modules = {lora.target_modules}: no layer left to adapt. Name at least one.")
-    shapes = {name: (modules[name].out_features, modules[name].in_features) for name in names}
+    transposed = {name: isinstance(modules[name], Conv1D) for name in names}
+    shapes = {name: _out_in(modules[name]) for name in names}
     ranks, endings = _ranks(shapes, lora, max(1, rank_needed // lora.r)), _endings(modules, names, lora)
     targets = [
-        Target(name, *shapes[name], r, lora.scale(r, lora.alpha_of(name)), endings.get(name, ""))
+        Target(name, *shapes[name], r, lora.scale(r, lora.alpha_of(name)), transposed[name], endings.get(name, ""))
         for name, r in ranks.items()
     ]
     return targets, left_out
+
+
+def _out_in(layer: Any) -> tuple[int, int]:
+    """m and n of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
 
 
 def _suited(
@@ -105,10 +113,10 @@ def _suited(
         return kept, unsuited
     _refuse_shared(modules, names)
     for name in names:
-        if not isinstance(modules[name], nn.Linear):
+        if not isinstance(modules[name], LINEAR):
             raise ModelError(
-                f"lora.target_modules: {name} is a {type(modules[name]).__name__}; only nn.Linear is supported. Leave "
-                "it out."
+                f"lora.target_modules: {name} is a {type(modules[name]).__name__}; only nn.Linear and Conv1D are "
+                "supported. Leave it out."
             )
     if unsuited:
         name, why = next(iter(unsuited.items()))
@@ -256,7 +264,7 @@ def _refuse_experts(model: Any) -> None:
 
 def _match_endings(modules: Mapping[str, Any], endings: Sequence[str]) -> list[str]:
     """Names that equal an ending or end in '.ending': PEFT's rule.  Every ending must match."""
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     idle = [ending for ending in endings if not any(ends(ending, name) for name in modules if name)]
     if idle:
         raise ModelError("lora.target_modules: " + " ".join(_matches_nothing(ending, linear) for ending in idle))

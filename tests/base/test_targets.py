@@ -77,8 +77,12 @@ def test_untied_head_can_be_named(llama):
         ({"target_modules": ["q_proj", "aa", "bb"]}, 0, "'aa' matches no layer. .*'bb' matches no layer. "),
         ({"target_modules": [""]}, 0, "'' matches no layer"),
         ({"target_modules": []}, 0, r"target_modules = \[\]: no layer left to adapt. Name at least one"),
-        ({"target_modules": ["mlp"]}, 0, "model.layers.0.mlp is a LlamaMLP; only nn.Linear is supported"),
-        ({"target_modules": ["embed_tokens"]}, 0, "model.embed_tokens is a Embedding; only nn.Linear is supported"),
+        ({"target_modules": ["mlp"]}, 0, "model.layers.0.mlp is a LlamaMLP; only nn.Linear and Conv1D are supported"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            0,
+            "model.embed_tokens is a Embedding; only nn.Linear and Conv1D are supp",
+        ),
         ({"r": 33}, 0, r"lora.r = 33: must be at most min\(m, n\) = 32 of model.layers.0.self_attn.q_proj. Lower it"),
         ({"r": 33, "target_modules": ["q_proj"]}, 0, r"at most min\(m, n\) = 32 of model.layers.0.self_attn.q_proj"),
         ({"r": 17}, 34, "lora.r = 17: this init.method takes 34 singular vectors, .*q_proj has 32. Lower lora.r"),
@@ -164,11 +168,14 @@ def test_target_that_shares_its_weight_is_refused(endings):
         find_targets(models.qwen2(), LoraConfig(r=4, target_modules=endings))
 
 
-def test_transposed_layers_are_refused():
-    with pytest.raises(ModelError, match=r"all-linear: the model has Conv1D layers \(transposed weights\)"):
-        find_targets(gpt2(), LoraConfig(r=4))
-    with pytest.raises(ModelError, match=r"h.0.attn.c_attn is a Conv1D; only nn.Linear is supported"):
-        find_targets(gpt2(), LoraConfig(r=4, target_modules=["c_attn"]))
+def test_transposed_layers_are_targets_of_their_own_shape():
+    targets = find_targets(gpt2(), LoraConfig(r=4))
+    expected = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+    for i in (0, 1):
+        shapes = {t.name.removeprefix(f"transformer.h.{i}."): (t.m, t.n) for t in targets if f".{i}." in t.name}
+        assert shapes == expected
+    assert all(target.transposed for target in targets)
+    assert peft_config(LoraConfig(r=4), targets, "x").fan_in_fan_out
 
 
 class Pair(nn.Linear):
