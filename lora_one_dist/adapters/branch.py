@@ -18,7 +18,7 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from lora_one_dist.base.products import FrozenLinear, weight_gradient
+from lora_one_dist.base.products import FrozenConv1D, FrozenLinear, weight_gradient
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -34,7 +34,9 @@ class AdaptedLinear(lora.Linear):
         scaling = self.scaling[ADAPTER]
         x, h = _Before.apply(x, A.weight, scaling, p)
         y = self.base_layer(x)
-        return _Behind.apply(y, h, A.weight, B.weight, scaling, x.grad_fn, type(self.base_layer) is FrozenLinear)
+        return _Behind.apply(
+            y, h, A.weight, B.weight, scaling, x.grad_fn, isinstance(self.base_layer, FrozenLinear | FrozenConv1D)
+        )
 
 
 class _Before(torch.autograd.Function):

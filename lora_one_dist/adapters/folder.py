@@ -122,6 +122,8 @@ def _other_scale(described: Mapping[str, Any], lora: LoraConfig, targets: Sequen
         found = described.get(key, False)  # an exported alpha may hold a factor sqrt(2)
         if not (isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-6)):
             problems.append(f"{key} is {described.get(key)}, the run's is {wanted}")
+    if described.get("fan_in_fan_out") and not any(target.transposed for target in targets):
+        problems.append("fan_in_fan_out is True, the run's layers hold weights (out, in)")
     if problems:
         return problems
     for target in targets:

@@ -39,7 +39,7 @@ def peft_config(
     """
     endings: list[str] | str = lora.target_modules
     if endings == "all-linear":
-        endings = sorted({_ending(target.name) for target in targets})
+        endings = sorted({target.ending or _ending(target.name) for target in targets})
     if not isinstance(endings, str):
         endings = target_modules(endings, [target.name for target in targets])
     ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
@@ -57,6 +57,7 @@ def peft_config(
         "target_modules": endings,
         "exclude_modules": lora.exclude_modules,
         "bias": "none",
+        "fan_in_fan_out": any(target.transposed for target in targets),
     }
     return PeftLoraConfig(**{**fields, **changes})
 
@@ -69,7 +70,8 @@ def _ending(name: str) -> str:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight`` (m, n)."""
+    """One target's pair, as PEFT's module holds it: ``A`` (r, n), ``B`` (m, r), and the frozen ``weight``, (m, n) or,
+    ``target.transposed``, (n, m)."""
 
     target: Target
     A: nn.Parameter
@@ -117,7 +119,9 @@ def set_adapters(base: Base, adapters: Sequence[Adapter], pairs: Pairs, compensa
                 parameter.copy_(value)
         if compensate:
             scaling = adapter.target.scaling
-            squared_errors[i] = add_low_rank(adapter.weight, adapter.B.detach(), adapter.A.detach(), -scaling)
+            pair = adapter.B.detach(), adapter.A.detach()
+            left, right = (pair[1].T, pair[0].T) if adapter.target.transposed else pair
+            squared_errors[i] = add_low_rank(adapter.weight, left, right, -scaling)
             norms.append(scaling * _product_norm(adapter.B.detach(), adapter.A.detach()))
     if not compensate:
         return {}

@@ -19,10 +19,10 @@ NOT_MERGED = ("alora_invocation_tokens", "arrow_config")  # what depends on the 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head")  # saved when they were resized
 # By what layers have their own r and scale; by what an adapter is more than a pair A, B for each linear layer, ...
 PATTERNS = ("rank_pattern", "alpha_pattern")
-BEYOND_PAIRS = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias", "fan_in_fan_out")
+BEYOND_PAIRS = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
 # ... what else is honoured here, and what only says how the adapter was made.
 HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules"}
-HONOURED |= {"layers_to_transform", "ensure_weight_tying", *PATTERNS, *BEYOND_PAIRS}
+HONOURED |= {"layers_to_transform", "ensure_weight_tying", "fan_in_fan_out", *PATTERNS, *BEYOND_PAIRS}
 HISTORY = {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
 HISTORY |= {"lora_dropout", "init_lora_weights", "layers_pattern", "megatron_core", "loftq_config", "eva_config"}
 HISTORY |= {"corda_config", "lora_ga_config", "runtime_config", "qalora_group_size", "tp_plan", "parent_library"}

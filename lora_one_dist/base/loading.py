@@ -7,7 +7,7 @@ In: the ``model``, ``lora`` and ``deepspeed`` groups of a config.  Out: a :class
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_bl
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import DTYPES, ModelError, attention, build_skeleton, fp8_block
 from lora_one_dist.base.sources import NotSliceableError, find_sources
-from lora_one_dist.base.targets import Target, find_targets
+from lora_one_dist.base.targets import Target, choose
 from lora_one_dist.base.towers import drop_towers, model_class
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import DeepSpeedConfig, LoraConfig, ModelConfig
@@ -42,6 +42,8 @@ class Plan:
     """What the user should be told: what was chosen for the model, and what could not be checked."""
     not_sliced: str = ""
     """Why ``from_pretrained`` must."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Linear layers that all-linear leaves out besides the head: why, by name."""
 
 
 def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
@@ -55,7 +57,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
         ModelError: naming value, rule and remedy.
     """
     skeleton = build_skeleton(config, folder)
-    targets = find_targets(skeleton, lora, rank_needed)
+    targets, left_out = choose(skeleton, lora, rank_needed)
     unchecked = rehearse(skeleton, config)
     files, block = weight_files(folder, config.allow_pickle), fp8_block(folder, config.path)
     blocks_asked(config.recompute, most_blocks(skeleton))
@@ -68,8 +70,10 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) 
             remedy = "Fetch it again, or give the unquantised model"
             raise ModelError(f"model.path = {config.path}: its 8-bit floats do not fit: {error}. {remedy}.") from error
         refuse_unfit(config, skeleton, files)
-        return Plan(folder, skeleton, targets, None, notes_on(skeleton, config, unchecked), str(error))
-    return Plan(folder, skeleton, targets, found.parts, notes_on(skeleton, config, unchecked, found.ignored))
+        notes = notes_on(skeleton, config, unchecked)
+        return Plan(folder, skeleton, targets, None, notes, str(error), left_out)
+    notes = notes_on(skeleton, config, unchecked, found.ignored)
+    return Plan(folder, skeleton, targets, found.parts, notes, left_out=left_out)
 
 
 def notes_on(skeleton: Any, config: ModelConfig, unchecked: str | None, ignored: Sequence[str] = ()) -> tuple[str, ...]:

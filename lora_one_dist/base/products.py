@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_one_dist.base.blocks import blocks
 
@@ -32,6 +33,27 @@ class FrozenLinear(nn.Linear):
         return _FrozenProduct.apply(input, self)
 
 
+class _FrozenConv1DProduct(torch.autograd.Function):
+    """A frozen Conv1D's ``X W + bias``, W (n, m), that saves no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, layer_input: torch.Tensor, layer: Conv1D) -> torch.Tensor:
+        ctx.layer = layer
+        rows = layer_input.reshape(-1, layer.nx)
+        return torch.addmm(layer.bias, rows, layer.weight).view(*layer_input.shape[:-1], layer.nf)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_output[0] @ ctx.layer.weight.T, None
+
+
+class FrozenConv1D(Conv1D):
+    """A frozen Conv1D whose product keeps nothing for backward but what the layer itself holds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenConv1DProduct.apply(x, self)
+
+
 def freeze_products(model: nn.Module) -> None:
     """Let the products of the blocks' linear layers save nothing.  Pure.
 
@@ -43,6 +65,8 @@ def freeze_products(model: nn.Module) -> None:
         for layer in block.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = FrozenLinear
+            elif type(layer) is Conv1D:
+                layer.__class__ = FrozenConv1D
 
 
 def weight_gradient(

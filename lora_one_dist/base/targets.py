@@ -7,6 +7,7 @@ Pure; the same on every rank.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_one_dist.base import probe
 from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.config.lora import LoraConfig, ends, matches
+
+# Of state-space models, whose kernels read these layers' weights (peft.tuners.tuners_utils, 0.21).
+PEFT_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+PEFT_MAMBA_LAYERS = ("out_proj", "conv1d")
+
+
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's: a linear layer whose weight is (n, m)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class Target:
     """Its LoRA rank: ``lora.r`` or a pattern's, but at most what its shape and the initialisation allow."""
     scaling: float
     """s in W + s B A."""
+    transposed: bool = False
+    """Is the weight (n, m), as that of a Conv1D (GPT-2)?"""
+    ending: str = ""
+    """Of its name, where the last part alone would name other modules too; for PEFT, which goes by endings."""
 
     @property
     def adapter(self) -> int:
@@ -40,43 +53,127 @@ class Target:
 
 
 def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0) -> list[Target]:
+    """The targets of :func:`choose`."""
+    return choose(model, lora, rank_needed)[0]
+
+
+def choose(model: Any, lora: LoraConfig, rank_needed: int = 0) -> tuple[list[Target], dict[str, str]]:
     """The linear layers that ``target_modules`` names, in forward order of definition.  Pure.
 
     Args:
         rank_needed: singular vectors that the initialisation takes of a layer of rank ``lora.r``; of others it takes
             as many for each of their ranks.
 
+    Returns:
+        The targets; and what all-linear leaves out besides the head, by name: why (:func:`_unsuited`).
+
     Raises:
-        ModelError: for an ending or pattern that matches nothing (with the nearest), a layer that is no plain linear, a
-            layer that shares its weight, or a rank that no layer it is for can have.
+        ModelError: for an ending or pattern that matches nothing (with the nearest), a layer that is no plain linear or
+            cannot be adapted, a layer that shares its weight, or a rank that no layer it is for can have.
     """
     modules = dict(model.named_modules())
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     _refuse_experts(model)
-    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
-    if lora.target_modules == "all-linear":
-        if any(isinstance(module, Conv1D) for module in modules.values()):
-            raise ModelError(
-                "lora.target_modules = all-linear: the model has Conv1D layers (transposed weights), which are not "
-                "supported. Use a model with plain linear layers."
-            )
-        names = [name for name in modules if name in linear and name != head]
-    else:
-        names = _match_endings(modules, lora.target_modules)
     _refuse_idle_exclusions(linear, lora)
-    names = [name for name in names if not lora.excludes(name)]
-    _refuse_shared(modules, names)
-    for name in names:
-        if not isinstance(modules[name], nn.Linear):
-            raise ModelError(
-                f"lora.target_modules: {name} is a {type(modules[name]).__name__}; only nn.Linear is supported. Leave "
-                "it out."
-            )
+    if lora.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        named = [name for name in linear if modules[name] is not head]
+    else:
+        named = _match_endings(modules, lora.target_modules)
+    names, left_out = _suited(model, modules, [name for name in named if not lora.excludes(name)], lora)
     if not names:
         raise ModelError(f"lora.target_modules = {lora.target_modules}: no layer left to adapt. Name at least one.")
-    shapes = {name: (modules[name].out_features, modules[name].in_features) for name in names}
-    ranks = _ranks(shapes, lora, max(1, rank_needed // lora.r))
-    return [Target(name, *shapes[name], r, lora.scale(r, lora.alpha_of(name))) for name, r in ranks.items()]
+    transposed = {name: isinstance(modules[name], Conv1D) for name in names}
+    shapes = {name: _out_in(modules[name]) for name in names}
+    ranks, endings = _ranks(shapes, lora, max(1, rank_needed // lora.r)), _endings(modules, names, lora)
+    targets = [
+        Target(name, *shapes[name], r, lora.scale(r, lora.alpha_of(name)), transposed[name], endings.get(name, ""))
+        for name, r in ranks.items()
+    ]
+    return targets, left_out
+
+
+def _out_in(layer: Any) -> tuple[int, int]:
+    """m and n of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+def _suited(
+    model: Any, modules: Mapping[str, Any], names: Sequence[str], lora: LoraConfig
+) -> tuple[list[str], dict[str, str]]:
+    """Of these layers those that can be adapted, and what all-linear leaves out; in a list that is refused."""
+    unsuited = {name: why for name, why in _unsuited(model, modules).items() if name in names}
+    if lora.target_modules == "all-linear":
+        routers = {name: "is a router" for name in _routers(modules) if name in names}
+        unsuited |= routers | {name: "is of width 1" for name in names if min(modules[name].weight.shape) == 1}
+        kept = [name for name in names if name not in unsuited]
+        _refuse_shared(modules, kept)
+        return kept, unsuited
+    _refuse_shared(modules, names)
+    for name in names:
+        if not isinstance(modules[name], LINEAR):
+            raise ModelError(
+                f"lora.target_modules: {name} is a {type(modules[name]).__name__}; only nn.Linear and Conv1D are "
+                "supported. Leave it out."
+            )
+    if unsuited:
+        name, why = next(iter(unsuited.items()))
+        more = f", and {len(unsuited) - 1} more like it" if len(unsuited) > 1 else ""
+        raise ModelError(f"lora.target_modules: {name} {why}{more}. Leave it out, or name it in lora.exclude_modules.")
+    return list(names), {}
+
+
+def _unsuited(model: Any, modules: Mapping[str, Any]) -> dict[str, str]:
+    """Linear layers that no adapter can go around, and why: by what a pass over text does with them."""
+    found: dict[str, str] = {}
+    passed = probe.run(model)
+    if passed is not None:
+        found |= {name: "is not called for text" for name, count in passed.calls.items() if count == 0}
+        found |= {name: "returns more than one tensor" for name in passed.no_tensor}
+    if getattr(model.config, "model_type", None) in PEFT_MAMBA_TYPES:
+        found |= {name: "is one that PEFT refuses" for name in modules if name.rpartition(".")[2] in PEFT_MAMBA_LAYERS}
+    return found
+
+
+def _routers(modules: Mapping[str, Any]) -> list[str]:
+    """Linear layers beside stacked experts, a matrix for each, with an output for each of them.
+
+    Not those of a shared expert that is as wide as there are experts: a router is alone in what it lies in.
+    """
+    count: dict[str, set[int]] = {}  # of the experts around which a module is, by its name
+    linear = [name for name, layer in modules.items() if isinstance(layer, nn.Linear)]
+    inside = {name: name.rpartition(".")[0] for name in linear}
+    siblings = Counter(inside.values())
+    for name, module in modules.items():
+        stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3}
+        if stacked and not isinstance(module, nn.Conv1d):
+            for around in (name, name.rpartition(".")[0]):
+                count.setdefault(around, set()).update(stacked)
+    found = []
+    for name in linear:
+        blocks = [inside[name]]
+        if siblings[inside[name]] == 1:
+            blocks.append(inside[name].rpartition(".")[0])
+        if any(modules[name].out_features in count.get(block, ()) for block in blocks):
+            found.append(name)
+    return found
+
+
+def _endings(modules: Mapping[str, Any], names: Sequence[str], lora: LoraConfig) -> dict[str, str]:
+    """The shortest endings that mean targets alone, of targets whose last part also means another module."""
+    taken: dict[str, list[str]] = {}  # other modules by the last part of their names
+    for name in modules.keys() - {"", *names}:
+        if not lora.excludes(name):
+            taken.setdefault(name.rpartition(".")[2], []).append(name)
+    found = {}
+    for name in names:
+        rivals, parts = taken.get(name.rpartition(".")[2], []), name.split(".")
+        if rivals:
+            tails = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+            found[name] = next((tail for tail in tails if not any(ends(tail, rival) for rival in rivals)), name)
+    return found
 
 
 def _ranks(shapes: Mapping[str, tuple[int, int]], lora: LoraConfig, vectors: int) -> dict[str, int]:
@@ -167,7 +264,7 @@ def _refuse_experts(model: Any) -> None:
 
 def _match_endings(modules: Mapping[str, Any], endings: Sequence[str]) -> list[str]:
     """Names that equal an ending or end in '.ending': PEFT's rule.  Every ending must match."""
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
     idle = [ending for ending in endings if not any(ends(ending, name) for name in modules if name)]
     if idle:
         raise ModelError("lora.target_modules: " + " ".join(_matches_nothing(ending, linear) for ending in idle))

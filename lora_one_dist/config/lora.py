@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,12 @@ Value = TypeVar("Value")
 
 def matches(pattern: str, name: str) -> bool:
     """Does a key of ``rank_pattern`` or ``alpha_pattern`` mean this module?  (peft.utils.other.get_pattern_key)"""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _compiled(pattern).match(name) is not None
+
+
+@functools.cache  # re keeps 512: too few for patterns that name each layer of a large model
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def by_pattern(patterns: Iterable[tuple[str, Value]], name: str, default: Value) -> Value:
@@ -33,7 +39,7 @@ def ends(ending: str, name: str) -> bool:
 def _expression(pattern: str) -> str:
     try:
         re.compile(pattern)
-        re.compile(rf"(.*\.)?({pattern})$")
+        _compiled(pattern)
     except re.error as error:
         fault = {"pattern": repr(pattern), "error": str(error)}
         raise PydanticCustomError("expression", "{pattern} is no regular expression ({error})", fault) from error
@@ -56,7 +62,8 @@ class LoraConfig(Group):
     use_rslora: bool = True
     """s = alpha / sqrt(r) (arXiv 2312.03732), as in the LoRA-One recipes."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head), or a list of module name endings, e.g. [q_proj, v_proj]."""
+    """all-linear, or a list of module name endings, e.g. [q_proj, v_proj]. all-linear is every linear layer but the
+    output head, routers, gates of width 1, and what text does not run: towers of images, weights that others read."""
     exclude_modules: list[str] | Expression | None = None
     """Of these, layers to leave out: a list of module name endings, or a regular expression of whole names."""
     rank_pattern: dict[Expression, Annotated[int, Field(ge=1, strict=True)]] = Field(default_factory=dict)

@@ -193,7 +193,8 @@ def _weights(base: Base, group: LayerGroup, buffer: str) -> dict[str, torch.Tens
         weight = base.module.get_submodule(target.name).weight
         with base.gathered([weight]):
             if owner == comm.rank():
-                owned[target.name] = weight.detach().to(device, torch.float32, copy=True)
+                weight = weight.detach().T.contiguous() if target.transposed else weight.detach()
+                owned[target.name] = weight.to(device, torch.float32, copy=True)
     return owned
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_one_dist.base.blocks import blocks
 from lora_one_dist.base.recompute import most_blocks
-from lora_one_dist.base.targets import Target
+from lora_one_dist.base.targets import LINEAR, Target
 from lora_one_dist.cluster import ownership
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
 
@@ -79,7 +79,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     embedding, head = skeleton.get_input_embeddings().weight, getattr(skeleton.get_output_embeddings(), "weight", None)
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
-    linear = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in blocks(skeleton)[:-1]]
+    linear = [[layer for layer in block.modules() if isinstance(layer, LINEAR)] for block in blocks(skeleton)[:-1]]
     hidden = getattr(config, "hidden_size", None) or embedding.shape[1]
     heads = getattr(config, "num_attention_heads", None) or 1
     head_size = getattr(config, "head_dim", None) or hidden // heads

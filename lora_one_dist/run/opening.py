@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     for note in plan.notes:
         record.say(note)
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
-    for line in _other_pairs(config, plan.targets):
+    for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out)]:
         record.say(line)
     damping = config.optim.damping_in_force
     how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"
@@ -134,6 +134,14 @@ def _other_pairs(config: Config, targets: Sequence[Target]) -> list[str]:
         + (f": {alike[0].m} x {alike[0].n}, too narrow for r {config.lora.rank_asked(alike[0].name)}" if narrow else "")
         for (r, scaling, narrow), alike in lines.items()
     ]
+
+
+def _left_out(layers: Mapping[str, str]) -> list[str]:
+    """What all-linear leaves out, a line for each reason."""
+    named: dict[str, list[str]] = {}
+    for name, why in layers.items():
+        named.setdefault(why, []).append(name)
+    return [f"all-linear leaves out {len(names)}: {names[0]} {why}" for why, names in named.items()]
 
 
 def _where_the_base_is(config: Config) -> str:

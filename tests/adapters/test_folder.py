@@ -211,7 +211,7 @@ B_NAME = f"{PREFIX}mlp.down_proj.lora_B.weight"
         ({"rank_pattern": {"v_proj(": 2}}, "rank_pattern is {'v_proj(': 2}, must map patterns to numbers"),
         ({"alpha_pattern": {"v_proj": None}}, "alpha_pattern is {'v_proj': None}, must map patterns to numbers"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not supported"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which is not supported"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, the run's layers hold weights (out, in)"),
         ({A_NAME: None}, f"{A_NAME} is missing"),
         ({A_NAME: torch.zeros(4, 31)}, f"{A_NAME} is (4, 31), must be (4, 32)"),
         ({B_NAME: torch.zeros(4, 32)}, f"{B_NAME} is (4, 32), must be (32, 4)"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, DogeConfig, MambaConfig, MixtralConfig
 
 from lora_one_dist.adapters.lora import peft_config
+from lora_one_dist.base import targets as targets_module
 from lora_one_dist.base.skeleton import ModelError
-from lora_one_dist.base.targets import Target, find_targets
+from lora_one_dist.base.targets import Target, choose, find_targets
 from lora_one_dist.config.settings import LoraConfig
 from tests import models
 from tests.base.checkpoints import gpt2
@@ -75,8 +77,12 @@ def test_untied_head_can_be_named(llama):
         ({"target_modules": ["q_proj", "aa", "bb"]}, 0, "'aa' matches no layer. .*'bb' matches no layer. "),
         ({"target_modules": [""]}, 0, "'' matches no layer"),
         ({"target_modules": []}, 0, r"target_modules = \[\]: no layer left to adapt. Name at least one"),
-        ({"target_modules": ["mlp"]}, 0, "model.layers.0.mlp is a LlamaMLP; only nn.Linear is supported"),
-        ({"target_modules": ["embed_tokens"]}, 0, "model.embed_tokens is a Embedding; only nn.Linear is supported"),
+        ({"target_modules": ["mlp"]}, 0, "model.layers.0.mlp is a LlamaMLP; only nn.Linear and Conv1D are supported"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            0,
+            "model.embed_tokens is a Embedding; only nn.Linear and Conv1D are supp",
+        ),
         ({"r": 33}, 0, r"lora.r = 33: must be at most min\(m, n\) = 32 of model.layers.0.self_attn.q_proj. Lower it"),
         ({"r": 33, "target_modules": ["q_proj"]}, 0, r"at most min\(m, n\) = 32 of model.layers.0.self_attn.q_proj"),
         ({"r": 17}, 34, "lora.r = 17: this init.method takes 34 singular vectors, .*q_proj has 32. Lower lora.r"),
@@ -162,11 +168,103 @@ def test_target_that_shares_its_weight_is_refused(endings):
         find_targets(models.qwen2(), LoraConfig(r=4, target_modules=endings))
 
 
-def test_transposed_layers_are_refused():
-    with pytest.raises(ModelError, match=r"all-linear: the model has Conv1D layers \(transposed weights\)"):
-        find_targets(gpt2(), LoraConfig(r=4))
-    with pytest.raises(ModelError, match=r"h.0.attn.c_attn is a Conv1D; only nn.Linear is supported"):
-        find_targets(gpt2(), LoraConfig(r=4, target_modules=["c_attn"]))
+def test_transposed_layers_are_targets_of_their_own_shape():
+    targets = find_targets(gpt2(), LoraConfig(r=4))
+    expected = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+    for i in (0, 1):
+        shapes = {t.name.removeprefix(f"transformer.h.{i}."): (t.m, t.n) for t in targets if f".{i}." in t.name}
+        assert shapes == expected
+    assert all(target.transposed for target in targets)
+    assert peft_config(LoraConfig(r=4), targets, "x").fan_in_fan_out
+
+
+class Pair(nn.Linear):
+    """Gives its bias apart, as layers do whose bias is added later."""
+
+    def forward(self, x):
+        return super().forward(x), self.bias
+
+
+class Odd(nn.Module):
+    """Layers that cannot be adapted, around two that can."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.o_proj, self.pair = nn.Linear(32, 48), nn.Linear(48, 32), Pair(32, 48)
+        self.gate, self.read = nn.Linear(32, 1), nn.Linear(32, 48, bias=False)
+        self.tower = nn.ModuleDict({"o_proj": nn.Linear(48, 32)})  # of images
+
+    def forward(self, x, images=None):
+        up, (pair, bias), read = self.up(x), self.pair(x), nn.functional.linear(x, self.read.weight)
+        return self.o_proj(up + pair + bias + read) * self.gate(x).sigmoid()
+
+
+LEFT_OUT = {
+    "pair": "returns more than one tensor",
+    "gate": "is of width 1",
+    "read": "is not called for text",
+    "tower.o_proj": "is not called for text",
+}
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted():
+    net = models.llama(layers=2)
+    net.model.layers[1].mlp = Odd()
+    targets, left_out = choose(net, LoraConfig(r=4))
+    assert left_out == {f"model.layers.1.mlp.{name}": why for name, why in LEFT_OUT.items()}
+    names = [target.name for target in targets]
+    assert [name for name in names if "1.mlp" in name] == ["model.layers.1.mlp.up", "model.layers.1.mlp.o_proj"]
+    assert len(names) == 4 + 3 + 4 + 2
+    assert not any(layer._forward_hooks for layer in net.modules()), "the model itself is as it was"
+    assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
+    adapted = get_peft_model(net, peft_config(LoraConfig(r=4), targets, "x"))  # the tower ends in o_proj, too
+    assert [name for name, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)] == names
+
+
+@pytest.mark.parametrize("name", [name for name in LEFT_OUT if name != "gate"])
+def test_what_cannot_be_adapted_is_refused_where_it_is_named(name):
+    net = models.llama(layers=2)
+    net.model.layers[1].mlp = Odd()
+    with pytest.raises(ModelError, match=rf"target_modules: model.layers.1.mlp.{name} {LEFT_OUT[name]}. Leave it out"):
+        find_targets(net, LoraConfig(r=4, target_modules=["q_proj", name]))
+
+
+def on_meta(config):
+    with init_empty_weights(include_buffers=False):
+        net = AutoModelForCausalLM.from_config(config)
+    net.tie_weights()
+    return net
+
+
+def test_layers_that_others_read_and_that_peft_refuses_are_left_out_of_state_space_models():
+    net = on_meta(MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64))
+    targets, left_out = choose(net, LoraConfig(r=2))
+    assert {target.name.rpartition(".")[2] for target in targets} == {"in_proj", "x_proj"}
+    reasons = {name.removeprefix("backbone.layers.1.mixer."): why for name, why in left_out.items() if ".1." in name}
+    assert reasons == {"dt_proj": "is not called for text", "out_proj": "is one that PEFT refuses"}
+
+
+def test_a_narrow_layer_of_a_model_type_has_the_rank_it_can():
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    targets = find_targets(on_meta(DogeConfig(intermediate_size=72, vocab_size=64, **shape)), LoraConfig(r=4))
+    assert {t.name.rpartition(".")[2]: t.r for t in targets if t.r != 4} == {"dt_proj": 2}
+    assert peft_config(LoraConfig(r=4), targets, "x").rank_pattern == {"dt_proj": 2}
+
+
+def test_a_router_is_told_from_a_shared_expert_as_wide_as_there_are_experts():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(16, 8, 32))
+
+    block = nn.ModuleDict({"experts": Experts(), "router": nn.ModuleDict({"layer": nn.Linear(32, 16)})})
+    block["gate"], block["shared"] = (
+        nn.Linear(32, 16),
+        nn.ModuleDict({"up": nn.Linear(32, 16), "gate": nn.Linear(32, 16)}),
+    )
+    block["conv"] = nn.Conv1d(16, 16, 4)
+    modules = dict(nn.ModuleDict({"mlp": block, "q_proj": nn.Linear(32, 16)}).named_modules())
+    assert targets_module._routers(modules) == ["mlp.router.layer", "mlp.gate"]
 
 
 @pytest.mark.parametrize("endings", ["all-linear", ["q_proj"]])

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, GitConfig
+from transformers.pytorch_utils import Conv1D
 
 from lora_one_dist.config.settings import LoraConfig
 from lora_one_dist.initialise import gradient
 from tests import models, reference
+from tests.base.checkpoints import gpt2
 from tests.ranks import run_ranks
+from tests.runs import settings
 
 # fp32 sums of at most 8 * 19 token terms in another order: 1e-7 * sqrt(152) is 1e-6. We ask ten times that.
 TOLERANCE = 1e-5
@@ -121,6 +124,67 @@ def test_gradient_equals_single_process(case, model_folder):
     worst = max((reference.relative(G, truth[name]), name) for owned, _ in results for name, G in owned.items())
     assert worst[0] <= TOLERANCE, worst
     assert all(abs(loss - true_loss) <= 1e-6 for _, losses in results for loss in losses)
+
+
+def twice(model):
+    """Let the second block's feed-forward network run twice in a row, and the third's last layer on two inputs."""
+    network, last = model.model.layers[1].mlp, model.model.layers[2].mlp
+    once = network.forward
+    network.forward = lambda x: once(once(x))
+
+    def two_inputs(x):
+        inner = last.act_fn(last.gate_proj(x)) * last.up_proj(x)
+        return last.down_proj(inner) + last.down_proj(inner.square())
+
+    last.forward = two_inputs
+    return model
+
+
+def odd_layers(folders, raw):
+    """Runs on a rank: gradients of layers called twice, and of transposed ones, which PiSSA then takes apart."""
+    from lora_one_dist.adapters.lora import inject_adapters, peft_config, set_adapters
+    from lora_one_dist.cluster import comm, ownership
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.initialise import gradient, pairs
+
+    found, config = {}, parse_config(raw)
+    for kind, checkpointing, buffer in (("llama", "non_reentrant", "device"), ("llama", "none", "host"),
+                                        ("gpt2", "non_reentrant", "device")):  # fmt: skip
+        base, targets = load_base(folders[kind], "zero3", checkpointing, lora=config.lora)
+        if kind == "llama":
+            twice(base.module)
+        (batch,) = gradient.deal_micro_batches(models.samples(SAMPLES), 2, "token", 1, pad_token_id=0)
+        owners = ownership.assign([float(t.m * t.n) for t in targets], comm.world_size())
+        found[kind, buffer] = gradient.full_gradient(base, targets, owners, batch, buffer)
+    result = pairs.initial_pairs(base, targets, config, [batch])
+    before = pairs.batch_loss(base, batch)
+    adapters = inject_adapters(base, peft_config(config.lora, targets, "x"), targets, "fp32")
+    set_adapters(base, adapters, result.pairs, compensate=True)
+    return found, result.pairs, (before, pairs.batch_loss(base, batch))
+
+
+def test_layers_called_twice_and_transposed_ones_equal_single_process(model_folder, tmp_path):
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    folders = {"llama": model_folder("llama"), "gpt2": tmp_path / "gpt2"}
+    raw = settings(folders["gpt2"], tmp_path / "out", init__method="pissa")
+    ranks = run_ranks(2, odd_layers, folders, raw)
+    whole = {"llama": twice(models.llama().double()), "gpt2": gpt2().double().eval()}
+    for (kind, buffer), (_, loss) in ranks[0][0].items():
+        model = whole[kind]
+        names = [n for n, x in model.named_modules() if isinstance(x, torch.nn.Linear | Conv1D) and n != "lm_head"]
+        truth = reference.full_gradient(model, models.samples(SAMPLES), names)
+        owned = [found[kind, buffer][0] for found, _, _ in ranks]
+        assert sorted(name for of_rank in owned for name in of_rank) == sorted(names)
+        for name, G in ((name, G) for of_rank in owned for name, G in of_rank.items()):
+            assert reference.relative(G.T if kind == "gpt2" else G, truth[name]) <= TOLERANCE, (kind, buffer, name)
+        assert abs(loss - reference.mean_loss(model, models.samples(SAMPLES)).item()) <= 1e-6
+    _, pairs, (before, after) = ranks[1]
+    assert after == pytest.approx(before, abs=2e-5)  # fp32 logits of a loss of 4.5
+    for name, (A, B) in pairs.items():
+        U, S, Vh = torch.linalg.svd(whole["gpt2"].get_submodule(name).weight.detach().T, full_matrices=False)
+        best = float(S[4:].square().sum().sqrt())
+        product = 8 / 4**0.5 * B.double() @ A.double()
+        assert float((U @ torch.diag(S) @ Vh - product).norm()) <= best * (1 + 1e-4)
 
 
 def gradients_with_the_head(folder, checkpointing):

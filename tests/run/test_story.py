@@ -17,7 +17,7 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
 from tests import models, reference
-from tests.base.checkpoints import changed, rename
+from tests.base.checkpoints import changed, gpt2, rename
 from tests.ranks import run_commands, run_ranks, write_json_lines
 from tests.runs import PATTERNS, metrics, peft_eval_loss, refused, settings, train
 
@@ -53,6 +53,9 @@ def test_adapter_loads_in_peft_and_gives_the_eval_loss(method, model_folder, tmp
     out = tmp_path / "run"
     folder = model_folder("llama")
     changes = {**PATTERNS, "init__method": method}
+    if method in ("lora_one", "pissa"):
+        named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+        changes["lora__target_modules"] = named
     if method == "lora_ga":
         changes["lora__rank_pattern"] = {"v_proj": 2, "(k|gate)_proj": 16}
     run_ranks(2, train, settings(folder, out, **changes))
@@ -65,6 +68,20 @@ def test_adapter_loads_in_peft_and_gives_the_eval_loss(method, model_folder, tmp
     assert described["r"] == 4 * times
     narrow = 8 if method == "lora_ga" else 16
     assert described["rank_pattern"]["k_proj"] == narrow * times, "16 x 32, and LoRA-GA takes two vectors for each rank"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of a head that is tied
+def test_adapter_of_transposed_layers_gives_the_eval_loss(tmp_path):
+    """Of a GPT-2, from which PiSSA takes its start."""
+    folder, out = tmp_path / "gpt2", tmp_path / "run"
+    gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2).save_pretrained(folder)
+    models.tokenizer("llama").save_pretrained(folder)
+    run_ranks(2, train, settings(folder, out, init__method="pissa", lora__rank_pattern={"c_fc": 2}))
+    assert metrics(out)[-1]["eval_loss"] < metrics(out)[0]["eval_loss"]
+    loss = peft_eval_loss(folder, out / "adapter", models.rows(21, seed=1), torch.float32)
+    assert loss == pytest.approx(metrics(out)[-1]["eval_loss"], abs=1e-5)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["fan_in_fan_out"], config["rank_pattern"]) == (True, {"c_fc": 4})
 
 
 @pytest.mark.parametrize(

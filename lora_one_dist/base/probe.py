@@ -1,0 +1,107 @@
+"""Which linear layers a pass over text runs, found by one on the meta device: no values, no memory, some milliseconds.
+
+In: a skeleton, or any model.  Out: by layer how often it is called, and what cannot be adapted.  Pure: the pass is over
+a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from lora_one_dist.base.loss import dropout_off
+
+TOKENS = 8
+
+
+@dataclass
+class Pass:
+    """What one forward pass in train mode did."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    """Of every linear layer, by name; 0: it reads another input, or another module takes its weight."""
+    no_tensor: set[str] = field(default_factory=set)
+    """Layers whose output is no tensor but a tuple of several."""
+
+
+def run(model: Any) -> Pass | None:
+    """The pass, or None where the model does not run without values, or is partitioned.
+
+    First as it is; models that ask for values in between, or whose experts' product is for bf16 alone, run under
+    torch's fake tensors, in bf16.
+    """
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        return None
+    for attempt in (_with_a_cache, _faked):
+        found = Pass()
+        try:
+            watched = _watched(model, found)
+            with torch.no_grad(), dropout_off(watched):
+                attempt(watched)
+        except Exception:  # each model has its own way to need a value
+            continue
+        return found
+    return None
+
+
+def _watched(model: Any, found: Pass) -> Any:
+    """A copy of the model on the meta device that writes its linear layers' calls into ``found``."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    watched = copy.deepcopy(model, memo)
+    if getattr(watched.config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
+        watched.set_attn_implementation("eager")  # kernels need values
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            found.calls[name] += 1
+            if not isinstance(output, torch.Tensor):
+                found.no_tensor.add(name)
+
+        return hook
+
+    for name, layer in watched.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            found.calls[name] = 0
+            layer.register_forward_hook(count(name))
+    return watched
+
+
+def _ids() -> torch.Tensor:
+    return torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+
+
+def _with_a_cache(model: Any) -> None:
+    """With an empty cache transformers does not ask the positions whether they are of a packed row."""
+    model(input_ids=_ids(), past_key_values=DynamicCache(config=model.config), use_cache=False)
+
+
+def _faked(model: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model.to(torch.bfloat16)(input_ids=mode.from_tensor(_ids()), use_cache=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own report of what it cannot fake."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
