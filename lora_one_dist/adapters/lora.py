@@ -39,7 +39,7 @@ def peft_config(
     """
     endings: list[str] | str = lora.target_modules
     if endings == "all-linear":
-        endings = sorted({target.ending or _ending(target.name) for target in targets})
+        endings = sorted({target.ending or target.name.rpartition(".")[2] for target in targets})
     if not isinstance(endings, str):
         endings = target_modules(endings, [target.name for target in targets])
     ranks = patterns_for({target.name: target.r for target in targets}, lora.r, lora.rank_pattern)
@@ -60,12 +60,6 @@ def peft_config(
         "fan_in_fan_out": any(target.transposed for target in targets),
     }
     return PeftLoraConfig(**{**fields, **changes})
-
-
-def _ending(name: str) -> str:
-    """The last part of a module's name; of a number in a list, which blocks have too, the last two."""
-    above, _, last = name.rpartition(".")
-    return f"{above.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 @dataclass(frozen=True)
