@@ -220,16 +220,14 @@ def _kind(block: nn.Module) -> str:
 def _skip(block: Any, like: nn.Module) -> None:
     """Give back the first input, in the form in which another block gives back its output."""
     shown: list[Any] = []
-
-    def show(layer: nn.Module, inputs: Any, output: Any) -> None:
-        shown[:] = [tree_map_only(torch.Tensor, torch.Tensor.detach, output)]  # its graph is another block's
-
-    like.register_forward_hook(show)
+    like.register_forward_hook(lambda layer, inputs, output: shown.__setitem__(slice(None), [output]))
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
-        # A copy: a checkpoint that gives back what it closes over would be its own input.
+        # Copies: a checkpoint writes its graph into what it gives back, which must not be what it closes over.
         hidden, form = (args[0] if args else kwargs["hidden_states"]).clone(), shown[-1]
-        return type(form)([hidden, *form[1:]]) if isinstance(form, (tuple, list)) else hidden
+        if not isinstance(form, (tuple, list)):
+            return hidden
+        return type(form)([hidden, *tree_map_only(torch.Tensor, torch.Tensor.detach, list(form[1:]))])
 
     block.forward = hand_on
 
