@@ -153,7 +153,7 @@ ERRORS = [
     Planted(
         "the base compensated with the wrong sign",
         "adapters/lora.py",
-        (("adapter.A.detach(), -scaling)", "adapter.A.detach(), scaling)"),),
+        (("left, right, -scaling)", "left, right, scaling)"),),
         "initialise/test_pairs.py",
         "base_and_loss and lora_ga",
     ),

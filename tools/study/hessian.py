@@ -88,13 +88,13 @@ def adapted(folder: Path, config: Config) -> tuple[Any, list[nn.Parameter]]:
     """The base with the adapters as a run with ``train.max_steps`` 0 has left them, and their parameters."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="eager")
     model.requires_grad_(False).eval()
-    held, parameters, r = peft_format.open_folder(folder), [], config.lora.r
+    held, parameters = peft_format.open_folder(folder), []
     for layer in held.layers.values():
         A, B = layer.A.read().float(), layer.B.read().float()
         if config.changes_base:  # written beside its own negative: W is as it was
-            A, B = A[:r], B[:, :r]
+            A, B = A[: layer.r // 2], B[:, : layer.r // 2]
         parent, _, name = layer.name.rpartition(".")
-        made = _Adapted(getattr(model.get_submodule(parent), name), A, B, config.scaling, config.changes_base)
+        made = _Adapted(getattr(model.get_submodule(parent), name), A, B, layer.scale, config.changes_base)
         setattr(model.get_submodule(parent), name, made)
         parameters += [made.A, made.B]
     return model, parameters
