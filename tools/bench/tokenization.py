@@ -69,7 +69,7 @@ def measure(folder: Path, checkout: Path, options: dict[str, Any], told: list[li
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         script = Path(cache) / "tokenize_rows.py"  # a file: the workers import it
         script.write_text(TOKENIZE, encoding="utf-8")
-        given = [MODEL, folder / "rows.jsonl", cache, json.dumps(options)]
+        given = [str(MODEL), str(folder / "rows.jsonl"), cache, json.dumps(options)]
         environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         began = time.perf_counter()
         ran = subprocess.run(
