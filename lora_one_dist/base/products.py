@@ -39,8 +39,8 @@ class _FrozenConv1DProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer_input: torch.Tensor, layer: Conv1D) -> torch.Tensor:
         ctx.layer = layer
-        rows = layer_input.reshape(-1, layer.nx)
-        return torch.addmm(layer.bias, rows, layer.weight).view(*layer_input.shape[:-1], layer.nf)
+        rows = torch.addmm(layer.bias, layer_input.reshape(-1, layer.nx), layer.weight)
+        return torch.ops.aten._unsafe_view(rows, [*layer_input.shape[:-1], layer.nf])  # as above
 
     @staticmethod
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, T5Config
+from transformers import BertConfig, MixtralConfig, T5Config
 
 from lora_one_dist.base import loading
 from lora_one_dist.cluster import comm
@@ -116,7 +116,7 @@ class Place:
     def adapter(self, spoil: Callable[[dict, dict], Any] = lambda config, tensors: None) -> list[str]:
         """A PEFT folder for this run, spoiled; the override that names it."""
         planned = loading.plan(self.base, *_groups(), 0)
-        described = {"r": 4, "lora_alpha": 16.0, "use_rslora": True}
+        described = {"peft_type": "LORA", "r": 4, "lora_alpha": 16.0, "use_rslora": True}
         tensors = {}
         for target in planned.targets:
             tensors[f"base_model.model.{target.name}.lora_A.weight"] = torch.zeros(4, target.n)
@@ -489,13 +489,6 @@ def header_is(header: Any, values: bytes = b"") -> Callable[[Place], Any]:
     return file_is("model.safetensors", len(text).to_bytes(8, "little") + text + values)
 
 
-def gpt2(place: Place) -> None:
-    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
-    net = GPT2LMHeadModel(GPT2Config(**sizes))
-    folder = place.copy()
-    net.save_pretrained(folder)
-
-
 def bin_only(place: Place) -> None:
     place.use(pickled(place.base, place.root))
 
@@ -577,14 +570,6 @@ MODEL = {
     "mixture of experts": (
         replaced(**MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4).to_dict()),
         ["holds mixture-of-experts weights", "does not support", "Use a dense model"],
-    ),
-    "Conv1D": (
-        gpt2,
-        ["target_modules = all-linear: the model has Conv1D layers", "Use a model with plain linear layers"],
-    ),
-    "Conv1D by name": (
-        lambda p: [gpt2(p), "lora.target_modules=[c_attn]"][1:],
-        ["c_attn is a Conv1D; only nn.Linear is supported", "Leave it out"],
     ),
     "no weights": (without("*.safetensors"), ["model.safetensors missing", "Give a folder with all of its"]),
     "pickle only": (bin_only, ["pytorch_model.bin only, a pickle", "Convert it", "or set model.allow_pickle: true"]),

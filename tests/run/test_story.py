@@ -17,7 +17,7 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
 from tests import models, reference
-from tests.base.checkpoints import changed, gpt2, rename
+from tests.base.checkpoints import changed, gpt2
 from tests.ranks import run_commands, run_ranks, write_json_lines
 from tests.runs import PATTERNS, metrics, peft_eval_loss, refused, settings, train
 
@@ -217,7 +217,7 @@ def refused_in_turn(by_host):
 
 
 def test_what_hosts_do_not_share_is_refused_before_a_weight_is_read(model_folder, tmp_path):
-    """A base whose names do not map, in each host; training data, evaluation data, a base that only one host has."""
+    """A base that cannot be sliced, in each host; training data, evaluation data, a base that only one host has."""
 
     def run(base=None, **changes):
         return settings(base or model_folder("llama"), tmp_path / "run", **changes)
@@ -226,15 +226,18 @@ def test_what_hosts_do_not_share_is_refused_before_a_weight_is_read(model_folder
         (tmp_path / name).mkdir()
         return changed(model_folder("llama"), tmp_path / name, change)
 
-    renamed = run(copy("renamed", rename), deepspeed__shard_group="node")
+    def of_bytes(held):
+        return held | {"model.norm.weight": held["model.norm.weight"].to(torch.int8)}
+
+    unsliced = run(copy("unsliced", of_bytes), deepspeed__shard_group="node")
     more = write_json_lines(tmp_path / "more.jsonl", models.rows(101))
     edited = models.rows(21, seed=1)
     edited[20]["completion"] += " w3"
     edited = write_json_lines(tmp_path / "edited.jsonl", edited)
     own = {
-        "a": [renamed, run(), run(), run(copy("base", dict))],
+        "a": [unsliced, run(), run(), run(copy("base", dict))],
         "b": [
-            *(renamed, run(data__train=str(more)), run(data__eval=str(edited))),
+            *(unsliced, run(data__train=str(more)), run(data__eval=str(edited))),
             run(copy("other", lambda held: {name: 2 * tensor for name, tensor in held.items()})),
         ],
     }
