@@ -36,9 +36,9 @@ WORDS = ["the", "sum", "of", "a", "and", "b", "is", "what", "we", "add", "then",
 TURNS = (20, 40, 10, 30)  # words of each
 MODEL = harness.ROOT / "launch" / "demo" / "model"
 EXCHANGES = (20, 40, 80, 160, 1000)
-# Run by the checkout's own code: prints tokens, and MiB of this process and of its largest child.
+# Run by the checkout's own code: prints seconds, tokens, and MiB of this process and of its largest child.
 TOKENIZE = """
-import json, resource, sys
+import json, resource, sys, time
 import datasets
 from lora_one_dist.config.settings import DataConfig
 from lora_one_dist.data.rows import load_rows
@@ -50,9 +50,11 @@ if __name__ == "__main__":
     datasets.config.HF_DATASETS_CACHE = cache
     datasets.disable_progress_bars()
     config = DataConfig(train=rows, format="chat", max_length=512, **json.loads(options))
+    began = time.perf_counter()
     data = tokenize(load_rows(rows, "train", None), load_tokenizer(model, False), config)
+    seconds = time.perf_counter() - began
     peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps([data.num_tokens, *peaks]))
+    print(json.dumps([seconds, data.num_tokens, *peaks]))
 """
 
 
@@ -71,14 +73,13 @@ def measure(folder: Path, checkout: Path, options: dict[str, Any], told: list[li
         script.write_text(TOKENIZE, encoding="utf-8")
         given = [str(MODEL), str(folder / "rows.jsonl"), cache, json.dumps(options)]
         environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-        began = time.perf_counter()
         ran = subprocess.run(
             [sys.executable, script, *given], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
         )
-        seconds = time.perf_counter() - began
         if ran.returncode:
             raise SystemExit(f"{checkout}: tokenising ended with {ran.returncode}, see above")
-        told.append(json.loads(ran.stdout.splitlines()[-1]))
+        seconds, *counted = json.loads(ran.stdout.splitlines()[-1])
+        told.append(counted)
         return seconds
 
 
