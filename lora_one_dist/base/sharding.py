@@ -297,18 +297,20 @@ def _read_run(own: torch.Tensor, source: TensorSource, skipped: int, file: Binar
 def _read_scaled(
     own: torch.Tensor, source: TensorSource, skipped: int, scales: Scales, files: Mapping[Path, BinaryIO]
 ) -> None:
-    """As :func:`_read_run`, of 8-bit values times their blocks' scales: in fp32, rounded once."""
+    """As :func:`_read_run`, of 8-bit values times their scales: in fp32, rounded once; a row of blocks at a time."""
     factors = torch.empty(scales.source.shape, dtype=scales.source.dtype)
     _read_run(factors.view(-1), scales.source, 0, files[scales.source.path])
-    factors, n = factors.float(), source.shape[1]
+    n, first, stop = source.shape[1], skipped, skipped + own.numel()
     assert source.dtype is not None, f"{source}: refused by sources.find_sources"
-    values = torch.empty(min(own.numel(), SLAB_BYTES // 16), dtype=source.dtype)  # indices of 8 bytes beside each
-    for slab in own.split(values.numel()):
-        held = values[: slab.numel()]
-        _read_run(held, source, skipped, files[source.path])
-        at = torch.arange(skipped, skipped + slab.numel())
-        slab.copy_(held.float().mul_(factors[at // n // scales.rows, at % n // scales.columns]))
-        skipped += slab.numel()
+    size = scales.rows * n  # of a row of blocks
+    held, values = torch.empty(size, dtype=source.dtype), torch.zeros(scales.rows, n)
+    for block in range(first // size, -(-stop // size)):
+        low, high = max(first, block * size), min(stop, (block + 1) * size)
+        inside = slice(low - block * size, high - block * size)
+        _read_run(held[inside], source, low, files[source.path])
+        values.view(-1)[inside].copy_(held[inside])
+        values *= factors[block].float().repeat_interleave(scales.columns)[:n]
+        own[low - first : high - first].copy_(values.view(-1)[inside])
 
 
 def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) -> float:

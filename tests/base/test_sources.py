@@ -134,7 +134,7 @@ def logits(folders):
 
 def test_8_bit_floats_are_read_as_the_values_that_they_stand_for(model_folder, tmp_path, monkeypatch):
     folder, values = in_fp8(model_folder("llama"), tmp_path)
-    monkeypatch.setattr(sharding, "SLAB_BYTES", 16 * 100)  # slabs that end inside rows
+    monkeypatch.setattr(sharding, "SLAB_BYTES", 100)  # slabs that end inside rows
     planned = loading.plan(folder, ModelConfig(path=str(folder), dtype="fp32"), LoraConfig(r=4), 4)
     assert planned.notes == ()
     for name, parts in planned.sources.items():

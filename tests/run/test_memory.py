@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from tests import models
 from tests.ranks import run_ranks
@@ -136,3 +137,55 @@ def test_peak_memory(world_size, groups, parts, measured):
         assert peak <= 1.1 * named, "the terms say what there is: no more"
     fullest = max(cases[place][2] for cases in measured(world_size))
     assert 0.9 * named <= fullest, "and no less, of the fullest rank"
+
+
+def load_alone(folders: list[Path], zero_json: Path) -> list[tuple[int, int]]:
+    """Runs on a rank: host peak of the load of each base, and the rank's own shard."""
+    from lora_one_dist.base import loading
+    from lora_one_dist.base.files import weight_files
+    from lora_one_dist.base.skeleton import build_skeleton, fp8_block
+    from lora_one_dist.base.sources import find_sources
+    from lora_one_dist.config.settings import DeepSpeedConfig, ModelConfig
+
+    found = []
+    for folder in folders:
+        settings = ModelConfig(path=str(folder), dtype="fp32")
+        skeleton = build_skeleton(settings, folder)
+        sources = find_sources(weight_files(folder, False), skeleton, fp8_block(folder, str(folder)))
+        plan = loading.Plan(folder, skeleton, [], sources.parts)
+        reset_host_peak()
+        before = host_bytes("VmRSS")
+        base = loading.load(settings, DeepSpeedConfig(config=str(zero_json)), plan, 1)
+        found.append((host_bytes() - before, 4 * sum(p.ds_tensor.numel() for p in base.module.parameters())))
+        del base, plan, skeleton
+        gc.collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def other_folders(large_folder, tmp_path_factory) -> list[Path]:
+    """Experts that are merged and renamed, and 8-bit floats with a scale a block."""
+    sizes = {"vocab_size": WORDS, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 11}
+    merged, eight = tmp_path_factory.mktemp("merged"), tmp_path_factory.mktemp("eight")
+    config = MixtralConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, num_local_experts=8)
+    model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 140e6
+    model.save_pretrained(merged, max_shard_size="400MB")
+    held = {name: tensor for path in large_folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name in [name for name in held if name.endswith("_proj.weight")]:
+        m, n = held[name].shape
+        held[f"{name}_scale_inv"] = torch.full((-(-m // 128), -(-n // 128)), 0.01)
+        held[name] = held[name].mul(100).to(torch.float8_e4m3fn)
+    save_file(held, eight / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((large_folder / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (eight / "config.json").write_text(json.dumps(described))
+    return [merged, eight]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_peak_memory_of_a_load_through_fusions_and_of_8_bits(world_size, other_folders):
+    for rank, loads in enumerate(run_ranks(world_size, load_alone, other_folders, Path("ds_configs/zero3.json"))):
+        for what, (peak, shard) in zip(("merged experts", "8 bits"), loads, strict=True):
+            print(f"{world_size} ranks, rank {rank}, {what}: peak {peak / MIB:.0f} MiB, {peak / shard:.2f} x own shard")
+            assert peak <= 1.3 * shard
