@@ -1,0 +1,147 @@
+"""Every model type of transformers that trains here, or why not: results/architectures.md.
+
+    python tools/architectures/matrix.py --out runs/architectures                      all, one after another
+    python tools/architectures/matrix.py --out runs/architectures --only llama,gpt2    some
+    python tools/architectures/matrix.py --out runs/architectures --report_only        the table of what is done
+
+A tiny model of each type (:mod:`tiny`) with random weights is saved, initialised and trained for two steps by
+`launch/train.py`'s own code (:mod:`one`), at 1 and 2 ranks under ZeRO-3, and held against one process of plain
+autograd: the gradient of every target, the held-out loss before, and PEFT's with the adapter that was exported.  What
+is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lora_one_dist.commands import markdown
+from tools.bench import harness
+
+ONE = Path(__file__).with_name("one.py")
+TABLE = harness.ROOT / "results" / "architectures.md"
+SECONDS = 600
+RANKS = (1, 2)
+WITHIN = 1e-5  # of the gradient's norm, and of losses: fp32 in another order of summation
+
+
+def run_one(out: Path, kind: str) -> None:
+    """Build, train at each number of ranks, compare; ``out/kind/result.json`` says what came of it."""
+    folder = out / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"kind": kind}
+    for step in ("build", *(f"train{ranks}" for ranks in RANKS), "compare"):
+        told = _call(folder, step)
+        found |= told
+        if "reason" in told:
+            break
+    (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
+    print(f"{kind}: {verdict(found)}", flush=True)
+
+
+def _call(folder: Path, step: str) -> dict[str, Any]:
+    """What a step of ``one.py`` wrote, a process for each rank."""
+    ranks = int(step.removeprefix("train")) if step.startswith("train") else 1
+    port = str(_free_port())
+    processes = []
+    for rank in range(ranks):
+        launch = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        environment = os.environ | {name: str(value) for name, value in launch.items()}
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        log = (folder / f"{step}.{rank}.log").open("w")
+        command = [sys.executable, str(ONE), str(folder), step]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT)
+        )
+    try:
+        codes = [process.wait(SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        return {"step": step, "reason": f"no end within {SECONDS} s", "late": True}
+    finally:
+        for process in processes:
+            process.kill()
+    told = folder / f"{step}.json"
+    if told.is_file():
+        return json.loads(told.read_text(encoding="utf-8"))
+    last = (folder / f"{step}.0.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+    return {"step": step, "reason": f"ended with {codes}: {''.join(last):.200}", "late": True}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """In a word or two, and the reason."""
+    if "reason" in found:
+        how = "FAILS LATE" if found.get("late") else "not built here" if found["step"] == "build" else "refused"
+        return f"{how}: {found['reason']}"
+    worst = max(found["gradient1"], found["gradient2"], found["peft1"], found["peft2"])
+    return f"{'works' if worst <= WITHIN else 'WRONG'}, {found['road']}"
+
+
+def write_table(out: Path, path: Path) -> None:
+    """A row for each type that has a result."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/result.json"))]
+    rows = []
+    for found in results:
+        how, _, reason = verdict(found).partition(": ")
+        figures = {name: found.get(name, "") for name in ("gradient1", "gradient2", "peft1", "peft2")}
+        rows.append({"type": found["kind"], "verdict": how, **figures, "note": reason or found.get("note", "")})
+    counts = Counter(row["verdict"].partition(",")[0] for row in rows)
+    about = harness.about()
+    head = (
+        f"# Every model type of transformers {about['versions']['transformers']}\n\n"
+        f"`{about['command']}`, {about['date']}, {about['hardware']}, at {about['commit']}, {about['versions']}.\n\n"
+        "Tiny models with random weights, fp32. gradient: the largest error of a target's one-step gradient against\n"
+        "autograd, relative, at 1 and 2 ranks; peft: how far PEFT's held-out loss with the exported adapter is from\n"
+        f"the run's.\n\n{', '.join(f'{count} {name}' for name, count in counts.most_common())}.\n\n"
+    )
+    path.write_text(head + markdown.table(rows) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the models and runs")
+    parser.add_argument("--only", help="types, separated by commas")
+    parser.add_argument("--at_once", type=int, default=1, help="types at one time (1)")
+    parser.add_argument("--report_only", action="store_true", help="run nothing")
+    parser.add_argument("--table", type=Path, default=TABLE, help=f"({TABLE.relative_to(harness.ROOT)})")
+    arguments = parser.parse_args()
+    kinds = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+    if arguments.only:
+        kinds = arguments.only.split(",")
+    left = [kind for kind in kinds if not (arguments.out / kind / "result.json").is_file()]
+    if not arguments.report_only:
+        with ThreadPoolExecutor(arguments.at_once) as pool:
+            list(pool.map(lambda kind: run_one(arguments.out.resolve(), kind), left))
+    write_table(arguments.out, arguments.table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""A step of the matrix for one model type, in a process of its own, or on a rank: see :mod:`matrix`.
+
+    python tools/architectures/one.py FOLDER build | train1 | train2 | compare
+
+Writes FOLDER/STEP.json: figures, or the reason why there are none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lora_one_dist.base.skeleton import ModelError
+from lora_one_dist.base.towers import auto_class
+from tools.architectures import tiny
+from tools.bench import harness
+
+LARGEST = 30_000_000  # parameters
+ROWS, STEPS, SAMPLES, LENGTH = 24, 2, 6, 40
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """A base and its data."""
+    kind = folder.name
+    torch.manual_seed(0)
+    try:
+        config = tiny.tiny_config(kind)
+        built = auto_class(kind, None)
+        if built is None:
+            return {"reason": "has no language model"}
+        model = built.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        return {"reason": _line(error)}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > LARGEST:
+        return {"reason": f"{size} parameters after shrinking"}
+    try:
+        model.save_pretrained(folder / "base")
+    except Exception as error:
+        return {"reason": f"cannot be saved: {_line(error)}"}
+    harness.save_tokenizer(folder / "base", tiny.WORDS)
+    draw = random.Random(0)
+    for name in ("train", "eval"):
+        rows = []
+        for _ in range(ROWS):
+            said = [f"w{draw.randrange(10, tiny.WORDS)}" for _ in range(draw.randint(4, 12))]
+            rows.append(json.dumps({"prompt": " ".join(said), "completion": " " + " ".join(reversed(said))}))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return {"parameters": size}
+
+
+def train(folder: Path, ranks: int) -> dict[str, Any]:
+    """A run of two steps, with the gradients that its initialisation took beside it.  On each rank."""
+    from lora_one_dist.cluster import comm
+    from lora_one_dist.config.reading import parse_config
+    from lora_one_dist.initialise import pairs
+    from lora_one_dist.run import story
+
+    out = folder / f"run{ranks}"
+    raw = {
+        "model": {"path": str(folder / "base"), "dtype": "fp32"},
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": LENGTH},
+        "lora": {"r": 4, "alpha": 8},
+        "init": {"num_samples": SAMPLES, "halves": False},
+        "optim": {"lr": 1e-3},
+        "train": {"max_steps": STEPS, "micro_batch_size": 1, "global_batch_size": SAMPLES},
+        "deepspeed": {"config": "ds_configs/zero3.json"},
+        "output_dir": str(out),
+    }
+    (folder / f"run{ranks}.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    tapped: dict[str, torch.Tensor] = {}
+    full_gradient = pairs.full_gradient
+
+    def tap(*args: Any, **kwargs: Any) -> Any:
+        owned, loss = full_gradient(*args, **kwargs)
+        tapped.update({name: G.detach().cpu().clone() for name, G in owned.items()})
+        return owned, loss
+
+    pairs.full_gradient = tap
+    comm.init()
+    try:
+        story.run(parse_config(raw))
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        late = not isinstance(cause, ModelError) and "ModelError" not in str(error) and "model.path" not in str(error)
+        return {"step": f"train{ranks}", "reason": _line(error), "late": late}
+    torch.save(tapped, folder / f"gradients{ranks}.{comm.rank()}.pt")
+    log = (out / "log.txt").read_text(encoding="utf-8") if (out / "log.txt").is_file() else ""
+    return {"road": "from_pretrained" if "from_pretrained" in log else "slices"}
+
+
+def compare(folder: Path) -> dict[str, Any]:
+    """Gradients and losses of the runs against one process of transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+    from transformers.pytorch_utils import Conv1D
+
+    described = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
+    built = auto_class(folder.name, described.get("architectures"))
+    model = built.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "eval")}
+    found: dict[str, Any] = {}
+    for ranks in (1, 2):
+        lines = [json.loads(line) for line in (folder / f"run{ranks}" / "metrics.jsonl").open()]
+        losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        found[f"before{ranks}"] = abs(_loss(model, tokenizer, rows["eval"]) / losses[0] - 1)
+        truth = _gradients(model, tokenizer, _init_rows(rows["train"]))
+        parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"gradients{ranks}.*.pt"))]
+        taken = {name: G for part in parts for name, G in part.items()}
+        names = dict(model.named_parameters())
+        errors = []
+        for name, G in taken.items():
+            R = truth[id(names[f"{name}.weight"])]
+            if isinstance(model.get_submodule(name), Conv1D):  # holds (n, m)
+                R = R.T
+            errors.append(float((G - R).norm() / R.norm()))
+        found[f"gradient{ranks}"] = max(errors)
+        adapted = PeftModel.from_pretrained(model, folder / f"run{ranks}" / "adapter").eval()
+        found[f"peft{ranks}"] = abs(_loss(adapted, tokenizer, rows["eval"]) / losses[-1] - 1)
+        model = adapted.unload()
+    return found
+
+
+def _init_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    from lora_one_dist.config.settings import TrainConfig
+    from lora_one_dist.data import batches
+
+    return [rows[i] for i in batches.global_batch(len(rows), SAMPLES, 0, TrainConfig().seed)]
+
+
+def _sample(tokenizer: Any, row: dict[str, str]) -> tuple[torch.Tensor, int]:
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    ids = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor([ids]), len(prompt)
+
+
+def _sums(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[torch.Tensor, int]:
+    """The summed loss and the number of targets."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids, start = _sample(tokenizer, row)
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum")
+        count += ids.shape[1] - start
+    return total, count
+
+
+def _loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
+    with torch.no_grad():
+        total, count = _sums(model, tokenizer, rows)
+    return float(total) / count
+
+
+def _gradients(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> dict[int, torch.Tensor]:
+    """Of the mean loss, by parameter."""
+    model.requires_grad_(True)
+    total, count = _sums(model, tokenizer, rows)
+    (total / count).backward()
+    found = {id(p): p.grad.clone() for p in model.parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def main() -> None:
+    folder, step = Path(sys.argv[1]), sys.argv[2]
+    if step.startswith("train"):
+        told = train(folder, int(step.removeprefix("train")))
+        if told.get("reason") or os.environ["RANK"] == "0":
+            (folder / f"{step}.json").write_text(json.dumps(told), encoding="utf-8")
+        return
+    told = build(folder) if step == "build" else compare(folder)
+    (folder / f"{step}.json").write_text(json.dumps({"step": step, **told}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
