@@ -189,7 +189,7 @@ def trace_text(runs: Runs, stages: Sequence[Stage]) -> str:
             row: dict[str, Any] = {"form": variant.name, "rate": f"{best:g}"}
             rows.append({**row, **{text: f"{kept[0][k]:.2g} > {kept[-1][k]:.2g}" for k, text in TRACED.items()}})
     told = f"{cell}, every form at its best rate: at the first step > at the last that was traced."
-    return f"{told}\n\n{markdown.table(rows)}"
+    return f"{told}\n\n{markdown.table(rows)}" if rows else "No run of this commit's settings is there."
 
 
 def plot_traces(runs: Runs, stages: Sequence[Stage], path: Path) -> None:
