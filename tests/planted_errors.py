@@ -518,8 +518,8 @@ ERRORS = [
         "adapters/branch.py",
         (
             (
-                "        output = (y if fresh else y.clone())",
-                "        ctx.save_for_backward(h)\n        output = (y if fresh else y.clone())",
+                "        output = y if fresh else y.clone()\n",
+                "        ctx.save_for_backward(h)\n        output = y if fresh else y.clone()\n",
             ),
         ),
         "initialise/test_gradient.py",
