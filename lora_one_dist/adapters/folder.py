@@ -131,10 +131,8 @@ def _other_scale(described: Mapping[str, Any], lora: LoraConfig, targets: Sequen
         if r != target.r:
             shown, run = f"rank_pattern is {described.get('rank_pattern')}", f"r {r}, the run {target.r}"
         elif not math.isclose(scaling, target.scaling, rel_tol=1e-6):
-            shown, run = (
-                f"alpha_pattern is {described.get('alpha_pattern')}",
-                f"s {scaling:g}, the run {target.scaling:g}",
-            )
+            shown = f"alpha_pattern is {described.get('alpha_pattern')}"
+            run = f"s {scaling:g}, the run {target.scaling:g}"
         else:
             continue
         return [f"{shown}, which gives {target.name} {run}"]

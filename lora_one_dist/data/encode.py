@@ -221,8 +221,9 @@ class Encoder:
         ends = [end for _, end in offsets]
         if self._swallowing:
             for k, (i, (begin, end)) in enumerate(zip(ids, offsets, strict=True)):
-                if content := self._swallowing.get(i):
-                    ends[k] = min(end, text.index(content, begin) + len(content))
+                content = self._swallowing.get(i)
+                if content and (at := text.find(content, begin, end)) >= 0:
+                    ends[k] = at + len(content)
         return ends
 
     def _head(self, text: str) -> str:

@@ -119,9 +119,9 @@ class Format(string.Formatter):
     """As str.format, but JSON's other values as JSON: true, not True, where no form is asked for."""
 
     def format_field(self, value: Any, form: str) -> str:
-        return (
-            encode(value) if not form and isinstance(value, bool | dict | list) else super().format_field(value, form)
-        )
+        if not form and isinstance(value, bool | dict | list):
+            return encode(value)
+        return super().format_field(value, form)
 
 
 def _with_marked_numbers(value: Any) -> Any:
