@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,10 @@ from transformers.models.auto.modeling_auto import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lora_one_dist.commands import markdown
+from tools.architectures import one
 from tools.bench import harness
 
-ONE = Path(__file__).with_name("one.py")
+WARM = multiprocessing.get_context("forkserver")  # its processes have imported everything
 TABLE = harness.ROOT / "results" / "architectures.md"
 SECONDS = 600
 RANKS = (1, 2)
@@ -58,30 +60,20 @@ def run_one(out: Path, kind: str) -> None:
 def _call(folder: Path, step: str) -> dict[str, Any]:
     """What a step of ``one.py`` wrote, a process for each rank."""
     ranks = int(step.removeprefix("train")) if step.startswith("train") else 1
-    port = str(_free_port())
     processes = []
+    launch = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     for rank in range(ranks):
-        launch = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = os.environ | {name: str(value) for name, value in launch.items()}
-        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        log = (folder / f"{step}.{rank}.log").open("w")
-        command = [sys.executable, str(ONE), str(folder), step]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT)
-        )
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    except subprocess.TimeoutExpired:
+        mine = launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(WARM.Process(target=one.main, args=(folder, step, mine)))
+        processes[-1].start()
+    end = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    if None in codes:
         return {"step": step, "reason": f"no end within {SECONDS} s", "late": True}
-    finally:
-        for process in processes:
-            process.kill()
     told = folder / f"{step}.json"
     if told.is_file():
         return json.loads(told.read_text(encoding="utf-8"))
@@ -135,6 +127,8 @@ def main() -> int:
     kinds = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
     if arguments.only:
         kinds = arguments.only.split(",")
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    WARM.set_forkserver_preload(["tools.architectures.one", "lora_one_dist.run.story"])
     left = [kind for kind in kinds if not (arguments.out / kind / "result.json").is_file()]
     if not arguments.report_only:
         with ThreadPoolExecutor(arguments.at_once) as pool:

@@ -1,7 +1,5 @@
 """A step of the matrix for one model type, in a process of its own, or on a rank: see :mod:`matrix`.
 
-    python tools/architectures/one.py FOLDER build | train1 | train2 | compare
-
 Writes FOLDER/STEP.json: figures, or the reason why there are none.
 """
 
@@ -177,16 +175,15 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def main() -> None:
-    folder, step = Path(sys.argv[1]), sys.argv[2]
+def main(folder: Path, step: str, launch: dict[str, str]) -> None:
+    """In a new process: what it prints goes to FOLDER/STEP.RANK.log."""
+    os.environ |= launch
+    log = os.open(folder / f"{step}.{launch['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     if step.startswith("train"):
-        told = train(folder, int(step.removeprefix("train")))
-        if told.get("reason") or os.environ["RANK"] == "0":
-            (folder / f"{step}.json").write_text(json.dumps(told), encoding="utf-8")
-        return
-    told = build(folder) if step == "build" else compare(folder)
-    (folder / f"{step}.json").write_text(json.dumps({"step": step, **told}), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        told = train(folder, int(launch["WORLD_SIZE"]))
+    else:
+        told = build(folder) if step == "build" else compare(folder)
+    if told.get("reason") or launch["RANK"] == "0":
+        (folder / f"{step}.json").write_text(json.dumps({"step": step, **told}), encoding="utf-8")
