@@ -26,8 +26,11 @@ _tails: WeakKeyDictionary[nn.Module, Tail | None] = WeakKeyDictionary()  # None:
 
 def why_whole(model: Any) -> str | None:
     """Why the loss is not taken in pieces, as far as the passes so far tell; None if it is.  Pure."""
-    if not _is_plain(model.get_output_embeddings()):
+    head = model.get_output_embeddings()
+    if not _is_plain(head):
         return "the output head is not a plain frozen layer"
+    if not any(child is head for child in model.children()):  # its module's output would have no gradient: BERT
+        return "the output head lies in a module of its own"
     if _tails.get(model, _same) is None:
         return "what the model does to its logits is not known here"
     return None

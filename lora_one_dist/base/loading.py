@@ -46,18 +46,19 @@ class Plan:
     """Linear layers that all-linear leaves out besides the head: why, by name."""
 
 
-def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int) -> Plan:
+def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int, changes_base: bool = False) -> Plan:
     """Read config.json and the tensor names, and refuse what cannot work.  Reads no weights.  Not collective.
 
     Args:
         folder: from :func:`local_folder`.
         rank_needed: singular vectors that the initialisation takes from each target.
+        changes_base: does it change the weights of targets?
 
     Raises:
         ModelError: naming value, rule and remedy.
     """
     skeleton = build_skeleton(config, folder)
-    targets, left_out = choose(skeleton, lora, rank_needed)
+    targets, left_out = choose(skeleton, lora, rank_needed, changes_base)
     unchecked = rehearse(skeleton, config)
     files, block = weight_files(folder, config.allow_pickle), fp8_block(folder, config.path)
     blocks_asked(config.recompute, most_blocks(skeleton))

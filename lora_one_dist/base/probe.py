@@ -1,4 +1,4 @@
-"""Which linear layers a pass over text runs, found by one on the meta device: no values, no memory, some milliseconds.
+"""Which linear layers a pass over text runs, and its logits need, found by one on the meta device: no values or memory.
 
 In: a skeleton, or any model.  Out: by layer how often it is called, and what cannot be adapted.  Pure: the pass is over
 a copy.
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.loss import dropout_off
 
 TOKENS = 8
@@ -25,12 +26,14 @@ TOKENS = 8
 
 @dataclass
 class Pass:
-    """What one forward pass in train mode did."""
+    """What one forward pass in train mode did, and the backward pass behind it."""
 
     calls: dict[str, int] = field(default_factory=dict)
     """Of every linear layer, by name; 0: it reads another input, or another module takes its weight."""
     no_tensor: set[str] = field(default_factory=set)
     """Layers whose output is no tensor but a tuple of several."""
+    in_logits: set[str] = field(default_factory=set)
+    """Layers that the logits depend on; all, where backward does not run without values."""
 
 
 def run(model: Any) -> Pass | None:
@@ -45,8 +48,8 @@ def run(model: Any) -> Pass | None:
         found = Pass()
         try:
             watched = _watched(model, found)
-            with torch.no_grad(), dropout_off(watched):
-                attempt(watched)
+            with dropout_off(watched):
+                attempt(watched, found)
         except Exception:  # each model has its own way to need a value
             continue
         return found
@@ -69,6 +72,8 @@ def _watched(model: Any, found: Pass) -> Any:
             found.calls[name] += 1
             if not isinstance(output, torch.Tensor):
                 found.no_tensor.add(name)
+            elif output.requires_grad:
+                output.register_hook(lambda gradient: found.in_logits.add(name))
 
         return hook
 
@@ -76,6 +81,7 @@ def _watched(model: Any, found: Pass) -> Any:
         if isinstance(layer, nn.Linear | Conv1D):
             found.calls[name] = 0
             layer.register_forward_hook(count(name))
+    begin_at_embeddings(watched)
     return watched
 
 
@@ -83,16 +89,24 @@ def _ids() -> torch.Tensor:
     return torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 
 
-def _with_a_cache(model: Any) -> None:
+def _with_a_cache(model: Any, found: Pass) -> None:
     """With an empty cache transformers does not ask the positions whether they are of a packed row."""
-    model(input_ids=_ids(), past_key_values=DynamicCache(config=model.config), use_cache=False)
+    cache = DynamicCache(config=model.config)
+    _back(model(input_ids=_ids(), past_key_values=cache, use_cache=False).logits, found)
 
 
-def _faked(model: Any) -> None:
+def _faked(model: Any, found: Pass) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model.to(torch.bfloat16)(input_ids=mode.from_tensor(_ids()), use_cache=False)
+        _back(model.to(torch.bfloat16)(input_ids=mode.from_tensor(_ids()), use_cache=False).logits, found)
+
+
+def _back(logits: torch.Tensor, found: Pass) -> None:
+    try:
+        logits.sum().backward()
+    except Exception:  # as of a forward pass
+        found.in_logits = set(found.calls)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A model's own code, run before a weight is read: does it predict the next token, and may its blocks run again?
+"""A model's own code, run before a weight is read: does it run on text, predict the next token, may blocks run again?
 
 In: a skeleton.  Out: nothing, a note where the model cannot be asked, or a refusal.  The skeleton itself is left alone:
 a copy with thin weights (:mod:`thin`) runs 12 tokens in fp32 on the CPU, at its real widths, two blocks of each kind.
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import stacks
@@ -25,6 +24,7 @@ from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
 from lora_one_dist.base.skeleton import ModelError, cause_of
 from lora_one_dist.base.thin import SEED, ThinProducts, fill_thinly
+from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
 KEPT = 2  # blocks of a kind: one may hand the other what is not its output
@@ -32,15 +32,16 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkp
 SCANNED = 4  # tokens in a chunk
 TOKENS = 12
 CHANGED = 6  # from this one on
-RULE = (
-    "what is trained here predicts the next token. Give a causal language model; of some types that is one with "
-    "is_decoder: true in its config.json."
+REMEDY = (
+    "a model that predicts the next token of a text; of some types that is one with is_decoder: true in its "
+    "config.json."
 )
 EQUAL = 1e-4  # of the largest: over all dense models of transformers 5.23 it was 0, once 1e-5, or above 0.2
 
 
 def rehearse(skeleton: Any, config: ModelConfig) -> str | None:
-    """Refuse a model whose logits see later tokens, or whose gradient is another where blocks run again.
+    """Refuse a model whose code asks for more than text, whose logits see later tokens, or whose gradient is another
+    where blocks run again.
 
     Args:
         skeleton: from :func:`~lora_one_dist.base.skeleton.build_skeleton`.
@@ -54,30 +55,38 @@ def rehearse(skeleton: Any, config: ModelConfig) -> str | None:
     refuse_kept(skeleton, config.recompute)
     value = f"model.path = {config.path}: its model_type = {skeleton.config.model_type!r}"
     try:
-        cause = _ask(skeleton, config, value, shortened=True)
+        cause: str | None = _ask(skeleton, config, value, shortened=True)
     except ModelError as refusal:
         cause = str(refusal)  # as it would be with all of its blocks?
     if cause:
         cause = _ask(skeleton, config, value, shortened=False)
-    if not cause:
-        return None
-    _refuse_masked(skeleton, value)
-    return f"whether {type(skeleton).__name__} is causal, and may recompute, could not be checked: {cause}"
+    return cause and f"whether {type(skeleton).__name__} is causal, and may recompute, could not be checked: {cause}"
 
 
-def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str:
-    """Raise ModelError, or say why the model could not be asked ('' if it could)."""
+def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str | None:
+    """Raise ModelError, or say why the model could not be asked (None if it could)."""
+    model = _prepared(skeleton, shortened)
     try:
-        model = _prepared(skeleton, shortened)
         with _rehearsing(model):
             one, other = _both(model)
     except Exception as error:  # a model's own code may fail in any way
-        return f"its code does not run by itself ({type(error).__name__}: {cause_of(error)})"
+        return _refuse_failing(model, error, value)
     cause = _refuse_not_causal(one, other, value)
-    if cause or config.recompute in ("none", 0) or not most_blocks(model):
+    if cause is not None or config.recompute in ("none", 0) or not most_blocks(model):
         return cause
     with _rehearsing(model):
-        return _refuse_wrong_again(model, config.checkpointing)
+        return _refuse_wrong_again(model, config.checkpointing, value)
+
+
+def _refuse_failing(model: Any, error: Exception, value: str) -> str:
+    """Raise ModelError, or say why a run may yet do what failed here.
+
+    What fails on a CPU says nothing of kernels for a GPU, and code of the folder's own may take thin weights amiss.
+    """
+    cause = f"{type(error).__name__}: {cause_of(error)}"
+    if comm.device().type == "cpu" and type(model).__module__.startswith("transformers."):
+        raise ModelError(f"{value} does not run on text alone ({cause}). Give {REMEDY}") from error
+    return f"its code does not run by itself ({cause})"
 
 
 @contextlib.contextmanager
@@ -96,15 +105,8 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return _logits(model, first), _logits(model, second)
 
 
-def _refuse_masked(skeleton: Any, value: str) -> None:
-    """Raise ModelError if a model that cannot be asked is of a type that is made to fill in masked tokens."""
-    kind = skeleton.config.model_type
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(skeleton.config, "is_decoder", False):
-        raise ModelError(f"{value} sees the tokens that it is to predict (its is_decoder is not set); {RULE}")
-
-
-def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> str:
-    """Raise ModelError, or say why these logits tell nothing ('' if they do)."""
+def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> str | None:
+    """Raise ModelError, or say why these logits tell nothing (None if they do)."""
     change = (one - other).abs()
     after, before = float(change[:, CHANGED:].max()), float(change[:, :CHANGED].max())
     if not (one.isfinite().all() and other.isfinite().all() and after > 0):
@@ -112,38 +114,38 @@ def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> st
     if before > EQUAL * after:
         raise ModelError(
             f"{value} sees the tokens that it is to predict: other tokens from position {CHANGED} on change the logits "
-            f"before it by {before / after:.2g} of what they change behind it; {RULE}"
+            f"before it by {before / after:.2g} of what they change behind it. Give {REMEDY}"
         )
-    return ""
+    return None
 
 
-def _refuse_wrong_again(model: Any, kind: str) -> str:
-    """Raise ModelError, or say why the gradient tells nothing ('' if it does)."""
+def _refuse_wrong_again(model: Any, kind: str, value: str) -> str | None:
+    """Raise ModelError, or say why the gradient tells nothing (None if it does)."""
     ids = _tokens(model)
     freeze_products(model)
     begin_at_embeddings(model)
     other = "non_reentrant" if kind == "reentrant" else "reentrant"
     remedy = f"Set model.recompute: none, or model.checkpointing: {other}."
-    value = f"model.checkpointing = {kind}: {type(model).__name__}"
+    setting = f"model.checkpointing = {kind}: {type(model).__name__}"
     recompute_blocks(model, 0, False)
     try:
         kept = _gradient(model, ids)
     except Exception as error:
-        return f"its gradient cannot be taken ({cause_of(error)})"
+        return _refuse_failing(model, error, value)
     if not (kept.isfinite().all() and kept.any()):
         return "with random weights its gradient is not finite, or zero"
     try:
         recompute_blocks(model, most_blocks(model), kind == "reentrant")
         again = _gradient(model, ids)
     except Exception as error:
-        raise ModelError(f"{value} cannot compute its blocks again ({cause_of(error)}). {remedy}") from error
+        raise ModelError(f"{setting} cannot compute its blocks again ({cause_of(error)}). {remedy}") from error
     difference = float((again - kept).abs().max() / kept.abs().max())
     if not difference <= EQUAL:
         raise ModelError(
-            f"{value} has another gradient where its blocks are computed again, off by {difference:.2g}: they share "
+            f"{setting} has another gradient where its blocks are computed again, off by {difference:.2g}: they share "
             f"more than their inputs and outputs. {remedy}"
         )
-    return ""
+    return None
 
 
 def _gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -52,24 +52,27 @@ class Target:
         return self.r * (self.m + self.n)
 
 
-def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0) -> list[Target]:
+def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0, changes_base: bool = False) -> list[Target]:
     """The targets of :func:`choose`."""
-    return choose(model, lora, rank_needed)[0]
+    return choose(model, lora, rank_needed, changes_base)[0]
 
 
-def choose(model: Any, lora: LoraConfig, rank_needed: int = 0) -> tuple[list[Target], dict[str, str]]:
+def choose(
+    model: Any, lora: LoraConfig, rank_needed: int = 0, changes_base: bool = False
+) -> tuple[list[Target], dict[str, str]]:
     """The linear layers that ``target_modules`` names, in forward order of definition.  Pure.
 
     Args:
         rank_needed: singular vectors that the initialisation takes of a layer of rank ``lora.r``; of others it takes
             as many for each of their ranks.
+        changes_base: does the initialisation change the weights of targets?  Then they must be theirs alone.
 
     Returns:
         The targets; and what all-linear leaves out besides the head, by name: why (:func:`_unsuited`).
 
     Raises:
         ModelError: for an ending or pattern that matches nothing (with the nearest), a layer that is no plain linear or
-            cannot be adapted, a layer that shares its weight, or a rank that no layer it is for can have.
+            cannot be adapted, or a rank that no layer it is for can have.
     """
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
@@ -80,7 +83,8 @@ def choose(model: Any, lora: LoraConfig, rank_needed: int = 0) -> tuple[list[Tar
         named = [name for name in linear if modules[name] is not head]
     else:
         named = _match_endings(modules, lora.target_modules)
-    names, left_out = _suited(model, modules, [name for name in named if not lora.excludes(name)], lora)
+    unsuited = _unsuited(model, modules) | (_shared(modules) if changes_base else {})
+    names, left_out = _suited(modules, [name for name in named if not lora.excludes(name)], lora, unsuited)
     if not names:
         raise ModelError(f"lora.target_modules = {lora.target_modules}: no layer left to adapt. Name at least one.")
     transposed = {name: isinstance(modules[name], Conv1D) for name in names}
@@ -101,17 +105,14 @@ def _out_in(layer: Any) -> tuple[int, int]:
 
 
 def _suited(
-    model: Any, modules: Mapping[str, Any], names: Sequence[str], lora: LoraConfig
+    modules: Mapping[str, Any], names: Sequence[str], lora: LoraConfig, unsuited: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Of these layers those that can be adapted, and what all-linear leaves out; in a list that is refused."""
-    unsuited = {name: why for name, why in _unsuited(model, modules).items() if name in names}
+    unsuited = {name: why for name, why in unsuited.items() if name in names}
     if lora.target_modules == "all-linear":
         routers = {name: "is a router" for name in _routers(modules) if name in names}
         unsuited |= routers | {name: "is of width 1" for name in names if min(modules[name].weight.shape) == 1}
-        kept = [name for name in names if name not in unsuited]
-        _refuse_shared(modules, kept)
-        return kept, unsuited
-    _refuse_shared(modules, names)
+        return [name for name in names if name not in unsuited], unsuited
     for name in names:
         if not isinstance(modules[name], LINEAR):
             raise ModelError(
@@ -130,6 +131,7 @@ def _unsuited(model: Any, modules: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     passed = probe.run(model)
     if passed is not None:
+        found |= {name: "has no part in the logits" for name in passed.calls if name not in passed.in_logits}
         found |= {name: "is not called for text" for name, count in passed.calls.items() if count == 0}
         found |= {name: "returns more than one tensor" for name in passed.no_tensor}
     if getattr(model.config, "model_type", None) in PEFT_MAMBA_TYPES:
@@ -234,17 +236,17 @@ def _matches_nothing(given: str, names: Iterable[str]) -> str:
     return f"{given!r} matches no layer. {hint}"
 
 
-def _refuse_shared(modules: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ModelError for a target that shares its weight."""
+def _shared(modules: Mapping[str, Any]) -> dict[str, str]:
+    """Layers that share their weight, and with which other."""
     owners: dict[int, str] = {}
+    found: dict[str, str] = {}
     for name, module in modules.items():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
-            shared = owners.setdefault(id(module.weight), name)
-            if shared != name and (name in names or shared in names):
-                raise ModelError(
-                    f"lora.target_modules: {name} shares its weight with {shared}; its gradient would be the sum of "
-                    "both. Leave it out of target_modules."
-                )
+            owner = owners.setdefault(id(module.weight), name)
+            if owner != name:
+                why = "shares its weight with {}, and this init.method changes it (lora_one does not)"
+                found |= {name: why.format(owner), owner: why.format(name)}
+    return found
 
 
 def _refuse_experts(model: Any) -> None:

@@ -45,7 +45,7 @@ def _values(parameter: Any, name: str, window: torch.Tensor, offset: int, genera
     shape = tuple(parameter.shape)
     if not parameter.is_floating_point():
         return torch.zeros(shape, dtype=parameter.dtype)
-    if parameter.numel() >= SMALL and len(shape) > 1:
+    if parameter.numel() >= SMALL and len(shape) > 1 and min(shape[-2:]) > 1:
         return window.as_strided(shape, [1] * len(shape), offset)
     values = torch.randn(shape, generator=generator)
     if len(shape) > 1:
@@ -66,6 +66,8 @@ class ThinProducts(TorchDispatchMode):
             return self._product(args[0], args[1])
         if func is torch.ops.aten.addmm.default and not kwargs and _is_thin(args[2]):
             return self._product(args[1], args[2]) + args[0]
+        if func is torch.ops.aten._grouped_mm.default and _is_thin(args[1]):  # each expert's share of the rows
+            return self._product(args[0], args[1])
         return func(*args, **(kwargs or {}))
 
     def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -78,5 +80,5 @@ class ThinProducts(TorchDispatchMode):
 
 
 def _is_thin(weight: torch.Tensor) -> bool:
-    """A window, or a batch of the same one."""
-    return weight.stride()[-2:] == (1, 1) and min(weight.shape[-2:]) > 1 and weight.stride()[:-2] in ((), (0,))
+    """A window, a batch of the same one, or of neighbours."""
+    return weight.stride()[-2:] == (1, 1) and min(weight.shape[-2:]) > 1 and weight.stride()[:-2] in ((), (0,), (1,))

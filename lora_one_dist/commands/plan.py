@@ -103,7 +103,7 @@ def shape_of(settings: Config) -> Shape:
     """Raises model.ModelError as the run would."""
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
     needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
-    targets = find_targets(skeleton, settings.lora, needed)
+    targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)
     for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):
         command_line.tell(note)
     return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold)

@@ -56,7 +56,7 @@ def read(config: Config) -> Inputs:
     folder = local_folder(settings.path, settings.trust_remote_code, settings.allow_pickle)
     with comm.all_or_none("checking the model"):
         needed = pairs.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
-        plan = loading.plan(folder, config.model, config.lora, needed)
+        plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)
         loading.check_loadable(plan, config.deepspeed.shard_group)
         tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
         check_tokenizer(plan.skeleton, tokenizer)

@@ -80,13 +80,13 @@ def skeleton(kind: str, tmp_path: Path, settings: ModelConfig | None = None, **c
 @pytest.mark.parametrize("kind", ["bert", "bert-generation", "xlnet", "cpmant"])
 def test_a_model_that_sees_later_tokens_is_refused(kind, tmp_path):
     rule = f"base: its model_type = '{kind}' sees the tokens that it is to predict: other tokens from position 6 on .*"
-    with pytest.raises(ModelError, match=rule + "Give a causal language model"):
+    with pytest.raises(ModelError, match=rule + "Give a model that predicts the next token"):
         rehearse(skeleton(kind, tmp_path), config(recompute="none"))
 
 
-def test_a_masked_model_that_cannot_be_asked_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"'xmod' sees the tokens that it is to predict .its is_decoder is not set"):
-        rehearse(skeleton("xmod", tmp_path), config())
+def test_a_model_that_asks_for_more_than_text_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"'xmod' does not run on text alone .ValueError: Input language unknown"):
+        rehearse(skeleton("xmod", tmp_path, is_decoder=True), config())
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert-generation"])
@@ -138,8 +138,13 @@ def test_blocks_that_fail_when_run_again_are_refused(tmp_path, monkeypatch):
         rehearse(skeleton("llama", tmp_path), config())
 
 
-def test_a_model_that_cannot_be_asked_is_told_of(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["code of the folder's own", "a GPU"])
+def test_a_model_that_cannot_be_asked_is_told_of(where, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", lambda *_, **__: 1 / 0)
+    if where == "a GPU":  # whose kernels may not run on the CPU, where it is asked
+        monkeypatch.setattr(rehearsal.comm, "device", lambda: torch.device("cuda"))
+    else:
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "__module__", "transformers_modules.base.modeling")
     note = rehearse(skeleton("llama", tmp_path), config())
     assert "whether LlamaForCausalLM is causal, and may recompute, could not be checked" in note
     assert "ZeroDivisionError" in note

@@ -162,10 +162,20 @@ def test_rank_up_to_the_narrowest_target_is_accepted(llama):
     assert len(find_targets(llama, LoraConfig(r=32, target_modules=["q_proj"]), 32)) == 2
 
 
-@pytest.mark.parametrize("endings", [["lm_head"], ["q_proj", "embed_tokens"]])
-def test_target_that_shares_its_weight_is_refused(endings):
-    with pytest.raises(ModelError, match=r"lm_head shares its weight with model.embed_tokens; its gradient would be"):
-        find_targets(models.qwen2(), LoraConfig(r=4, target_modules=endings))
+def test_target_that_shares_its_weight_is_refused_where_that_would_change():
+    lora = LoraConfig(r=4, target_modules=["lm_head"])
+    assert [target.name for target in find_targets(models.qwen2(), lora)] == ["lm_head"]
+    with pytest.raises(ModelError, match=r"lm_head shares its weight with model.embed_tokens, and this init.method ch"):
+        find_targets(models.qwen2(), lora, changes_base=True)
+
+
+def test_all_linear_leaves_out_what_shares_its_weight_where_that_would_change(llama):
+    layers = llama.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    assert len(find_targets(llama, LoraConfig(r=4))) == 14
+    targets, left_out = choose(llama, LoraConfig(r=4), changes_base=True)
+    assert len(targets) == 12
+    assert set(left_out) == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
 
 
 def test_transposed_layers_are_targets_of_their_own_shape():
@@ -193,9 +203,11 @@ class Odd(nn.Module):
         self.up, self.o_proj, self.pair = nn.Linear(32, 48), nn.Linear(48, 32), Pair(32, 48)
         self.gate, self.read = nn.Linear(32, 1), nn.Linear(32, 48, bias=False)
         self.tower = nn.ModuleDict({"o_proj": nn.Linear(48, 32)})  # of images
+        self.pooler = nn.Linear(32, 48)
 
     def forward(self, x, images=None):
         up, (pair, bias), read = self.up(x), self.pair(x), nn.functional.linear(x, self.read.weight)
+        self.pooled = self.pooler(x)
         return self.o_proj(up + pair + bias + read) * self.gate(x).sigmoid()
 
 
@@ -204,6 +216,7 @@ LEFT_OUT = {
     "gate": "is of width 1",
     "read": "is not called for text",
     "tower.o_proj": "is not called for text",
+    "pooler": "has no part in the logits",
 }
 
 

@@ -646,7 +646,7 @@ MODEL = {
         ["lora.target_modules = []: no layer left to adapt", "Name at least one"],
     ),
     "tied target": (
-        lambda p: [p.copy(tie_word_embeddings=True), "lora.target_modules=[lm_head]"][1:],
+        lambda p: [p.copy(tie_word_embeddings=True), "lora.target_modules=[lm_head]", "init.method=lora_ga"][1:],
         ["lm_head shares its weight with model.embed_tokens", "Leave it out"],
     ),
     "not on the hub": (["model.path=nobody/nothing"], ["model.path = nobody/nothing", "hub", "or give a folder"]),

@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import time
@@ -46,7 +47,8 @@ WITHIN = 1e-5  # of the gradient's norm, and of losses: fp32 in another order of
 def run_one(out: Path, kind: str) -> None:
     """Build, train at each number of ranks, compare; ``out/kind/result.json`` says what came of it."""
     folder = out / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a run of before left
+    folder.mkdir(parents=True)
     found: dict[str, Any] = {"kind": kind}
     for step in ("build", *(f"train{ranks}" for ranks in RANKS), "compare"):
         told = _call(folder, step)
