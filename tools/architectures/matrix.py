@@ -6,8 +6,8 @@
 
 A tiny model of each type (:mod:`tiny`) with random weights is saved, initialised and trained for two steps by
 `launch/train.py`'s own code (:mod:`one`), at 1 and 2 ranks under ZeRO-3, and held against one process of plain
-autograd: the gradient of every target, the held-out loss before, and PEFT's with the adapter that was exported.  What
-is done is not done again.
+autograd: the gradient of every target, and PEFT's held-out loss with the adapter that was exported.  What is done is
+not done again.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ TABLE = harness.ROOT / "results" / "architectures.md"
 SECONDS = 600
 RANKS = (1, 2)
 WITHIN = 1e-5  # of the gradient's norm, and of losses: fp32 in another order of summation
+TIMES = 3  # the error of plain autograd in fp32: a decay's gradient, a sum of what cancels, is far from float64's
 
 
 def run_one(out: Path, kind: str) -> None:
@@ -94,8 +95,9 @@ def verdict(found: Mapping[str, Any]) -> str:
     if "reason" in found:
         how = "FAILS LATE" if found.get("late") else "not built here" if found["step"] == "build" else "refused"
         return f"{how}: {found['reason']}"
-    worst = max(found["gradient1"], found["gradient2"], found["peft1"], found["peft2"])
-    return f"{'works' if worst <= WITHIN else 'WRONG'}, {found['road']}"
+    right = [found[f"{name}{ranks}"] <= WITHIN for name in ("before", "peft") for ranks in RANKS]
+    right += [found[f"gradient{ranks}"] <= max(WITHIN, TIMES * found[f"autograd{ranks}"]) for ranks in RANKS]
+    return f"{'works' if all(right) else 'WRONG'}, {found['road']}"
 
 
 def write_table(out: Path, path: Path) -> None:
@@ -104,7 +106,7 @@ def write_table(out: Path, path: Path) -> None:
     rows = []
     for found in results:
         how, _, reason = verdict(found).partition(": ")
-        figures = {name: found.get(name, "") for name in ("gradient1", "gradient2", "peft1", "peft2")}
+        figures = {name: found.get(name, "") for name in ("gradient1", "gradient2", "autograd2", "peft1", "peft2")}
         rows.append({"type": found["kind"], "verdict": how, **figures, "note": reason or found.get("note", "")})
     counts = Counter(row["verdict"].partition(",")[0] for row in rows)
     about = harness.about()
@@ -112,8 +114,9 @@ def write_table(out: Path, path: Path) -> None:
         f"# Every model type of transformers {about['versions']['transformers']}\n\n"
         f"`{about['command']}`, {about['date']}, {about['hardware']}, at {about['commit']}, {about['versions']}.\n\n"
         "Tiny models with random weights, fp32. gradient: the largest error of a target's one-step gradient against\n"
-        "autograd, relative, at 1 and 2 ranks; peft: how far PEFT's held-out loss with the exported adapter is from\n"
-        f"the run's.\n\n{', '.join(f'{count} {name}' for name, count in counts.most_common())}.\n\n"
+        "float64, relative, at 1 and 2 ranks; autograd: that of one process of plain autograd, of the same target;\n"
+        "peft: how far PEFT's held-out loss with the exported adapter is from the run's.\n\n"
+        f"{', '.join(f'{count} {name}' for name, count in counts.most_common())}.\n\n"
     )
     path.write_text(head + markdown.table(rows) + "\n", encoding="utf-8")
 

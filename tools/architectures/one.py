@@ -99,14 +99,17 @@ def train(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """Gradients and losses of the runs against one process of transformers and PEFT."""
+    """Gradients and losses of the runs against one process of transformers and PEFT.
+
+    gradientN is the largest error at N ranks of a target's gradient against float64, relative; autogradN that of plain
+    autograd in fp32, of the same target.
+    """
     from peft import PeftModel
     from transformers import AutoTokenizer
-    from transformers.pytorch_utils import Conv1D
 
     described = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
     built = auto_class(folder.name, described.get("architectures"))
-    model = built.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager").eval()
+    model, exact = (built.from_pretrained(folder / "base", dtype=d).eval() for d in (torch.float32, torch.float64))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "eval")}
     found: dict[str, Any] = {}
@@ -114,17 +117,11 @@ def compare(folder: Path) -> dict[str, Any]:
         lines = [json.loads(line) for line in (folder / f"run{ranks}" / "metrics.jsonl").open()]
         losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
         found[f"before{ranks}"] = abs(_loss(model, tokenizer, rows["eval"]) / losses[0] - 1)
-        truth = _gradients(model, tokenizer, _init_rows(rows["train"]))
+        truth, plain = (_gradients(each, tokenizer, _init_rows(rows["train"])) for each in (exact, model))
         parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"gradients{ranks}.*.pt"))]
         taken = {name: G for part in parts for name, G in part.items()}
-        names = dict(model.named_parameters())
-        errors = []
-        for name, G in taken.items():
-            R = truth[id(names[f"{name}.weight"])]
-            if isinstance(model.get_submodule(name), Conv1D):  # holds (n, m)
-                R = R.T
-            errors.append(float((G - R).norm() / R.norm()))
-        found[f"gradient{ranks}"] = max(errors)
+        errors = [(_error(G, truth[name]), _error(plain[name], truth[name])) for name, G in taken.items()]
+        found[f"gradient{ranks}"], found[f"autograd{ranks}"] = max(errors)
         adapted = PeftModel.from_pretrained(model, folder / f"run{ranks}" / "adapter").eval()
         found[f"peft{ranks}"] = abs(_loss(adapted, tokenizer, rows["eval"]) / losses[-1] - 1)
         model = adapted.unload()
@@ -161,12 +158,22 @@ def _loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
     return float(total) / count
 
 
-def _gradients(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> dict[int, torch.Tensor]:
-    """Of the mean loss, by parameter."""
+def _error(G: torch.Tensor, R: torch.Tensor) -> float:
+    return float((G - R).norm() / R.norm())
+
+
+def _gradients(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    """Of the mean loss, (m, n) in float64 by layer."""
+    from transformers.pytorch_utils import Conv1D
+
     model.requires_grad_(True)
     total, count = _sums(model, tokenizer, rows)
     (total / count).backward()
-    found = {id(p): p.grad.clone() for p in model.parameters() if p.grad is not None}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear | Conv1D) and layer.weight.grad is not None:
+            G = layer.weight.grad.double()
+            found[name] = G.T if isinstance(layer, Conv1D) else G  # which holds (n, m)
     model.zero_grad()
     return found
 
