@@ -122,7 +122,9 @@ def target_modules(endings: Collection[str], names: Collection[str]) -> list[str
     within = {part for name in names for part in name.split(".") if part in LANGUAGE_MODELS}
     if not within:
         return sorted(endings)
-    either, ends = "|".join(sorted(within)), "|".join(map(re.escape, sorted(endings)))
+    either = "|".join(sorted(within))
+    inside = {re.sub(rf"(?:.*\.)?(?:{either})\.", "", ending) for ending in endings}
+    ends = "|".join(map(re.escape, sorted(inside)))
     outside = [re.escape(name) for name in names if not within & {*name.split(".")}]  # a head
     return "|".join([rf"(?:.*\.)?(?:{either})\.(?:.*\.)?(?:{ends})", *outside])
 

@@ -58,8 +58,10 @@ def loss_in_pieces(
         hidden.append(given[0].reshape(-1, given[0].shape[-1]))
         return given[0].detach()
 
-    def forward(_: torch.Tensor) -> torch.Tensor:
+    def forward(given: torch.Tensor) -> torch.Tensor:
         flat = hidden[-1]
+        if flat.shape[0] != inputs["input_ids"].numel():  # of more than the next token: ProphetNet
+            return nn.functional.linear(given, head.weight, head.bias)
         losses.append(_HeadLoss.apply(flat[rows], labels, weight, head.weight, head.bias, tail))
         if is_known:  # what the model's own code goes on with
             return flat.new_zeros(1, 1, head.weight.shape[0])
@@ -92,11 +94,13 @@ def _equal(expected: torch.Tensor, logits: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def rows_only(model: Any, rows: torch.Tensor) -> Iterator[None]:
-    """Let the head, if there is one, see these rows of the flattened batch alone: logits (1, k, V)."""
+def rows_only(model: Any, rows: torch.Tensor, tokens: int) -> Iterator[None]:
+    """Let the head, if there is one that sees a row for each token, see these rows alone of a flattened batch of
+    ``tokens``: logits (1, k, V)."""
 
     def select(head: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return given[0].reshape(-1, given[0].shape[-1])[rows][None], *given[1:]
+        flat = given[0].reshape(-1, given[0].shape[-1])
+        return given if flat.shape[0] != tokens else (flat[rows][None], *given[1:])
 
     head = model.get_output_embeddings()
     if head is None:  # the model's own code multiplies by another layer's weight: the caller picks the rows

@@ -52,7 +52,7 @@ def loss_sum(
         loss = loss_in_pieces(model, given, rows, labels, weight)
         if loss is not None:
             return loss
-    with rows_only(model, rows):
+    with rows_only(model, rows, inputs["input_ids"].numel()):
         logits = model(**given).logits.flatten(0, -2)
     if logits.shape[0] != rows.numel():
         logits = logits[rows]

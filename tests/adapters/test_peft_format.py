@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -93,6 +95,15 @@ def test_tokens_of_each_embedding():
     assert peft_settings.tokens_of({"trainable_token_indices": {"embed_tokens": [1]}}, "lm_head") == [1], "it is tied"
     assert peft_settings.tokens_of({"trainable_token_indices": [4]}, "transformer.wte") == [4]
     assert peft_settings.tokens_of({"trainable_token_indices": "4"}, "transformer.wte") is None
+
+
+def test_endings_within_a_language_model_are_taken_within_it_once():
+    inside = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    endings = ["language_model.layers.0.self_attn.q_proj", "language_model.layers.1.self_attn.q_proj", "o_proj"]
+    pattern = peft_settings.target_modules(endings, [*inside, "model.language_model.layers.0.self_attn.o_proj"])
+    assert all(re.fullmatch(pattern, name) for name in inside)
+    assert not re.fullmatch(pattern, "model.audio_tower.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(pattern, "model.audio_tower.layers.0.self_attn.o_proj")
 
 
 def test_a_module_is_saved_whole_by_the_end_of_its_name_or_with_one_around_it():

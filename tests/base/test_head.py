@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from lora_one_dist.base import head
+from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.cluster import comm
 from lora_one_dist.data import batches
@@ -183,3 +184,28 @@ def test_a_model_without_a_named_head_gives_all_its_logits():
     samples = models.samples(5)
     truth = torch.cat([reference.token_losses(net, sample) for sample in samples]).sum()
     assert loss_sum(net, batches.collate(samples, 0)).item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+def test_logits_of_a_head_that_sees_more_rows_than_tokens_are_all_made():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_decoder_layers": 1, "decoder_ffn_dim": 48, "num_decoder_attention_heads": 4}
+    net = transformers.ProphetNetForCausalLM(transformers.ProphetNetConfig(vocab_size=64, **sizes)).eval()
+    net.requires_grad_(False)
+    samples = models.samples(5)
+    truth = torch.cat([reference.token_losses(net, sample) for sample in samples]).sum()
+    for _ in range(2):
+        assert loss_sum(net, batches.collate(samples, 0)).item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+def test_a_head_in_a_module_of_its_own_hands_that_module_a_gradient():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_attention_heads": 4}
+    net = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=64, is_decoder=True, **sizes)).eval()
+    net.requires_grad_(False)
+    begin_at_embeddings(net)
+    reached = []
+    net.cls.register_forward_hook(lambda layer, given, output: output.register_hook(reached.append) and None)
+    for _ in range(2):
+        loss_sum(net, batches.collate(models.samples(5), 0)).backward()
+    assert len(reached) == 2, "DeepSpeed gathers the module's weights by it"
+    assert "module of its own" in head.why_whole(net)
