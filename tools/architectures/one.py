@@ -23,7 +23,8 @@ from tools.architectures import tiny
 from tools.bench import harness
 
 LARGEST = 30_000_000  # parameters
-ROWS, STEPS, SAMPLES, LENGTH = 24, 2, 6, 40
+ROWS, STEPS, SAMPLES, LENGTH = 24, 2, 6, tiny.WORDS
+SPELLING = ["<|endoftext|>", "\u0120", "w", *"0123456789"]  # of the words, for types whose tokenizer splits into bytes
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -45,12 +46,12 @@ def build(folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "base")
     except Exception as error:
         return {"reason": f"cannot be saved: {_line(error)}"}
-    harness.save_tokenizer(folder / "base", tiny.WORDS)
+    harness.save_tokenizer(folder / "base", tiny.WORDS, SPELLING)
     draw = random.Random(0)
     for name in ("train", "eval"):
         rows = []
         for _ in range(ROWS):
-            said = [f"w{draw.randrange(10, tiny.WORDS)}" for _ in range(draw.randint(4, 12))]
+            said = [f"w{draw.randrange(20, tiny.WORDS)}" for _ in range(draw.randint(4, 12))]
             rows.append(json.dumps({"prompt": " ".join(said), "completion": " " + " ".join(reversed(said))}))
         (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return {"parameters": size}
