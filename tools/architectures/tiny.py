@@ -29,7 +29,7 @@ SIZES = {
     "num_local_experts n_routed_experts moe_num_experts mamba_n_heads time_step_rank linear_num_value_heads num_groups "
     "num_attention_heads_per_layer index_kpool",
     16: "head_dim global_head_dim kv_lora_rank q_lora_rank sliding_window attention_window_size linear_key_head_dim "
-    "linear_value_head_dim index_head_dim patch_size keep_window_size",
+    "linear_value_head_dim index_head_dim patch_size",
     8: "qk_rope_head_dim qk_nope_head_dim v_head_dim hidden_size_per_layer_input mamba_d_state state_size index_topk "
     "rotary_dim",
     1: "n_group topk_group first_k_dense_replace bos_token_id n_shared_experts",
