@@ -101,13 +101,12 @@ ODD: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {
-        "axial_pos_embds_dim": [16, 48],
-        "axial_pos_shape": [8, 16],
+        "axial_pos_embds": False,  # for training of any length, as are chunks of the whole length
         "attn_layers": ["local", "lsh"],
         "num_buckets": 4,
         "hash_seed": 0,
-        "local_attn_chunk_length": 16,
-        "lsh_attn_chunk_length": 16,
+        "local_attn_chunk_length": WORDS,
+        "lsh_attn_chunk_length": WORDS,
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
@@ -117,8 +116,9 @@ ODD: dict[str, dict[str, Any]] = {
 def tiny_config(kind: str) -> Any:
     """Raises whatever the type's own checks raise."""
     config = _shrunk(CONFIG_MAPPING[kind])
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True
+    for name in ("is_decoder", "causal"):
+        if hasattr(config, name):
+            setattr(config, name, True)
     return config
 
 
@@ -141,6 +141,8 @@ def _shrunk(build: type[PretrainedConfig], asked: Any = None) -> Any:
             continue
         small = _smaller(name, value, full)
         derived = field.default is None and value is not None and value == vars(default)[name]
+        if derived and name == "num_key_value_heads" and "kv_lora_rank" not in full:
+            small = SMALL[name]  # groups, though each head has its own by default
         if small != field.default and (not derived or (name in STATED and small != value)):
             settings[name] = small
     if sections := _sections(build, full.get("rope_parameters") or {}):
