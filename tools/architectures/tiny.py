@@ -40,7 +40,7 @@ SIZES = {
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers"]
 SAME = {"num_key_value_heads": ("num_attention_heads",), "head_dim": ("qk_rope_head_dim",)}  # kept so if they are
-STATED = ("num_key_value_heads", "layer_types", "mlp_layer_types", "layers_block_type")  # though they may be derived
+KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers")  # of layers, a list each
 KEPT = SMALL["num_hidden_layers"]
 MROPE = re.compile(r'"mrope_section", \[([\d, ]+)\]')
 SWA = {
@@ -60,6 +60,7 @@ VISION = {
     "image_size": 32,
 }
 ODD: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"patching_threshold": 1.0},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGAZ": 5}},
     "cohere_compass_text": {
@@ -84,6 +85,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
     "inkling_vision": {"patch_size": 4, "num_hidden_layers": 4},
     "janus_vqgan": {"base_channels": 32},
@@ -143,7 +145,8 @@ def _shrunk(build: type[PretrainedConfig], asked: Any = None) -> Any:
         derived = field.default is None and value is not None and value == vars(default)[name]
         if derived and name == "num_key_value_heads" and "kv_lora_rank" not in full:
             small = SMALL[name]  # groups, though each head has its own by default
-        if small != field.default and (not derived or (name in STATED and small != value)):
+        stated = name == "num_key_value_heads" or name in KINDS  # or else the kinds of the first layers
+        if small != field.default and (not derived or (stated and small != value)):
             settings[name] = small
     if sections := _sections(build, full.get("rope_parameters") or {}):
         settings["rope_parameters"] = full["rope_parameters"] | {"mrope_section": sections}
@@ -155,7 +158,7 @@ def _smaller(name: str, value: Any, full: dict[str, Any]) -> Any:
     depth = next((full[layers] for layers in LAYERS if isinstance(full.get(layers), int)), 0)
     if isinstance(value, list | tuple):
         if len(value) == depth > KEPT and list(value) != list(range(depth)):  # the layers' numbers are derived
-            value = [value[0], *value[1 - KEPT :]]  # a dense layer is first, a rare kind often last
+            value = [value[i] for i in _layers(full, depth)]
         return [_size(name, each) for each in value] if name in SMALL else value
     if value == depth and "layers" in name and value:
         return min(depth, KEPT)
@@ -163,6 +166,17 @@ def _smaller(name: str, value: Any, full: dict[str, Any]) -> Any:
         if value is not None and value == full.get(other):
             name = other
     return _size(name, value) if name in SMALL else value
+
+
+def _layers(full: dict[str, Any], depth: int) -> list[int]:
+    """Three of the ``depth`` layers: the first, the last of each other kind, and the last ones."""
+    kinds = [[full[name][i] for name in KINDS if len(full.get(name) or ()) == depth] for i in range(depth)]
+    chosen = [0]
+    for i in reversed(range(depth)):
+        if len(chosen) < KEPT and kinds[i] not in [kinds[j] for j in chosen]:
+            chosen.append(i)
+    last = [i for i in reversed(range(depth)) if i not in chosen]
+    return sorted([*chosen, *last[: KEPT - len(chosen)]])
 
 
 def _size(name: str, value: Any) -> Any:
