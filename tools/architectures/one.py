@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,7 +25,8 @@ from tools.architectures import tiny
 from tools.bench import harness
 
 LARGEST = 30_000_000  # parameters
-ROWS, STEPS, SAMPLES, LENGTH = 24, 2, 6, 40
+ROWS, STEPS, SAMPLES, LENGTH = 24, 2, 6, tiny.WORDS
+SPELLING = ["<|endoftext|>", "\u0120", "w", *"0123456789"]  # of the words, for types whose tokenizer splits into bytes
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -32,28 +35,56 @@ def build(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         config = tiny.tiny_config(kind)
-        built = auto_class(kind, None)
+        built = _class_of(kind)
         if built is None:
             return {"reason": "has no language model"}
         model = built.from_config(config, dtype=torch.float32)
+        _fill_zeros(model)
     except Exception as error:
-        return {"reason": _line(error)}
+        whose = "" if _default_builds(kind) else "nor does transformers build its default: "
+        return {"reason": f"{whose}{_line(error)}"}
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGEST:
         return {"reason": f"{size} parameters after shrinking"}
     try:
         model.save_pretrained(folder / "base")
+        missing = type(model).from_pretrained(folder / "base", output_loading_info=True)[1]["missing_keys"]
     except Exception as error:
-        return {"reason": f"cannot be saved: {_line(error)}"}
-    harness.save_tokenizer(folder / "base", tiny.WORDS)
+        return {"reason": f"cannot be saved and read again: {_line(error)}"}
+    if missing:
+        return {"reason": f"transformers' loader misses {len(missing)} tensors of what it saved, e.g. {min(missing)}"}
+    harness.save_tokenizer(folder / "base", tiny.WORDS, SPELLING)
     draw = random.Random(0)
     for name in ("train", "eval"):
         rows = []
         for _ in range(ROWS):
-            said = [f"w{draw.randrange(10, tiny.WORDS)}" for _ in range(draw.randint(4, 12))]
+            said = [f"w{draw.randrange(20, tiny.WORDS)}" for _ in range(draw.randint(4, 12))]
             rows.append(json.dumps({"prompt": " ".join(said), "completion": " " + " ".join(reversed(said))}))
         (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return {"parameters": size}
+
+
+def _class_of(kind: str) -> Any:
+    """Of checkpoints of the type: the whole model, where it has parts beside its language model."""
+    return auto_class(kind, [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)])
+
+
+def _default_builds(kind: str) -> bool:
+    """Whether transformers makes a model, without values, of the type's own default config."""
+    try:
+        with torch.device("meta"):
+            _class_of(kind).from_config(CONFIG_MAPPING[kind]())
+    except Exception:
+        return False
+    return True
+
+
+def _fill_zeros(model: torch.nn.Module) -> None:
+    """Draw the parameters that begin as zeros, as training would: some keep others' gradients at zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
 
 
 def train(folder: Path, ranks: int) -> dict[str, Any]:
@@ -112,12 +143,12 @@ def compare(folder: Path) -> dict[str, Any]:
     model, exact = (built.from_pretrained(folder / "base", dtype=d).eval() for d in (torch.float32, torch.float64))
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "eval")}
+    truth, plain = (_gradients(each, tokenizer, _init_rows(rows["train"])) for each in (exact, model))
     found: dict[str, Any] = {}
     for ranks in (1, 2):
         lines = [json.loads(line) for line in (folder / f"run{ranks}" / "metrics.jsonl").open()]
         losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
         found[f"before{ranks}"] = abs(_loss(model, tokenizer, rows["eval"]) / losses[0] - 1)
-        truth, plain = (_gradients(each, tokenizer, _init_rows(rows["train"])) for each in (exact, model))
         parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"gradients{ranks}.*.pt"))]
         taken = {name: G for part in parts for name, G in part.items()}
         errors = [(_error(G, truth[name]), _error(plain[name], truth[name])) for name, G in taken.items()]
@@ -141,12 +172,13 @@ def _sample(tokenizer: Any, row: dict[str, str]) -> tuple[torch.Tensor, int]:
     return torch.tensor([ids]), len(prompt)
 
 
-def _sums(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[torch.Tensor, int]:
+def _sums(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[Any, int]:
     """The summed loss and the number of targets."""
-    total, count = torch.zeros(()), 0
+    total: Any = 0.0
+    count = 0
     for row in rows:
         ids, start = _sample(tokenizer, row)
-        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum")
         count += ids.shape[1] - start
     return total, count

@@ -68,12 +68,13 @@ def make_model(folder: Path, shape: tuple[int, ...]) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_tokenizer(folder: Path, words: int) -> None:
-    """Write the tokenizer of one token a word."""
+def save_tokenizer(folder: Path, words: int, also: Sequence[str] = ()) -> None:
+    """Write the tokenizer of one token a word; ``also`` stand in the places of the first words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
+    first = ["<pad>", "<s>", "</s>", *also]
+    vocabulary = {word: i for i, word in enumerate([*first, *(f"w{i}" for i in range(len(first), words))])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
