@@ -111,24 +111,3 @@ def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Train mode (gradient checkpointing needs it) with every dropout probability of the base at 0."""
-    saved: list[tuple[Any, str, float]] = []
-    for holder in (*model.modules(), getattr(model, "config", None)):  # some forwards read it from the config
-        for key, value in vars(holder).items() if holder is not None else ():
-            is_probability = "dropout" in key or (key == "p" and isinstance(holder, nn.Dropout))
-            if is_probability and isinstance(value, float) and value > 0:
-                saved.append((holder, key, value))
-    was_training = model.training
-    model.train()
-    for holder, key, _ in saved:
-        setattr(holder, key, 0.0)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for holder, key, value in saved:
-            setattr(holder, key, value)

@@ -1,4 +1,4 @@
-"""Which linear layers a pass over text runs, and its logits need, found by one on the meta device: no values or memory.
+"""Which linear layers a pass over text runs, and its logits need, found by one without values, or with next to none.
 
 In: a skeleton, or any model.  Out: by layer how often it is called, and what cannot be adapted.  Pure: the pass is over
 a copy.
@@ -18,8 +18,9 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_at_embeddings
-from lora_one_dist.base.loss import dropout_off
+from lora_one_dist.base.thin import ThinProducts, fill_thinly
 
 TOKENS = 8
 
@@ -40,11 +41,11 @@ def run(model: Any) -> Pass | None:
     """The pass, or None where the model does not run without values, or is partitioned.
 
     First as it is; models that ask for values in between, or whose experts' product is for bf16 alone, run under
-    torch's fake tensors, in bf16.
+    torch's fake tensors, in bf16; models whose shapes hang on values run with thin ones (:mod:`thin`).
     """
     if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
         return None
-    for attempt in (_with_a_cache, _faked):
+    for attempt in (_with_a_cache, _faked, _thinly):
         found = Pass()
         try:
             watched = _watched(model, found)
@@ -100,6 +101,12 @@ def _faked(model: Any, found: Pass) -> None:
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _back(model.to(torch.bfloat16)(input_ids=mode.from_tensor(_ids()), use_cache=False).logits, found)
+
+
+def _thinly(model: Any, found: Pass) -> None:
+    fill_thinly(model)
+    with ThinProducts(), torch.random.fork_rng(devices=[]):
+        _back(model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits, found)
 
 
 def _back(logits: torch.Tensor, found: Pass) -> None:

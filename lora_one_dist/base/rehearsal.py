@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_at_embeddings
-from lora_one_dist.base.loss import dropout_off
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
 from lora_one_dist.base.skeleton import ModelError, cause_of

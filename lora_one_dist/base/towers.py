@@ -5,6 +5,7 @@ In: a config.json, or a whole model.  Out: its class, or the model without what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -12,6 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from lora_one_dist.base import probe
 
 
 def auto_class(kind: str, architectures: Any) -> Any:
@@ -35,10 +38,10 @@ def model_class(config: Any) -> Any:
 
 
 def drop_towers(model: Any) -> None:
-    """Take out of a whole model the parts beside its language model.  Others are left as they are.
+    """Take out of a whole model the parts beside its language model without which its code runs on text.
 
-    Text alone never reaches them, so they would be loaded, sharded and gathered for nothing.  ``model.towers_dropped``
-    then has the beginnings of their names.
+    They would be loaded, sharded and gathered for nothing.  ``model.towers_dropped`` then has the beginnings of their
+    names.  Models of other kinds are left as they are.
     """
     model.towers_dropped = ()
     if type(model).__name__ not in set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
@@ -48,8 +51,23 @@ def drop_towers(model: Any) -> None:
     needed.add(id(model.get_input_embeddings()))
     if decoder is trunk or decoder not in trunk.children():
         return  # no parts side by side
-    for name, child in list(trunk.named_children()):
-        if not any(id(module) in needed for module in child.modules()):
-            delattr(trunk, name)
-            begin = name if trunk is model else f"{model.base_model_prefix}.{name}"
-            model.towers_dropped += (f"{begin}.",)
+    beside = [
+        name for name, child in trunk.named_children() if not any(id(module) in needed for module in child.modules())
+    ]
+    if not _runs_without(model, trunk, beside):  # Gemma 3n looks text up in the tables of its other parts
+        beside = [name for name in beside if _runs_without(model, trunk, [name])]
+    begin = "" if trunk is model else f"{model.base_model_prefix}."
+    for name in beside:
+        delattr(trunk, name)
+        model.towers_dropped += (f"{begin}{name}.",)
+
+
+def _runs_without(model: Any, trunk: Any, parts: Sequence[str]) -> bool:
+    """Does text pass through a model without these parts?  True where it does not pass through all of it either."""
+    whole = dict(trunk._modules)
+    for name in parts:
+        del trunk._modules[name]
+    runs = probe.run(model) is not None
+    trunk._modules.clear()
+    trunk._modules.update(whole)
+    return runs or probe.run(model) is None

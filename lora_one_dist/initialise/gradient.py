@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_graph
-from lora_one_dist.base.loss import dropout_off, loss_sum
+from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.products import weight_gradient
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target

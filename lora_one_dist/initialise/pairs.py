@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from lora_one_dist.base.loss import dropout_off, loss_sum
+from lora_one_dist.base.dropout import dropout_off
+from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm, ownership

@@ -80,10 +80,10 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
     block_sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(skeleton)]
     linear = [[layer for layer in block.modules() if isinstance(layer, LINEAR)] for block in blocks(skeleton)[:-1]]
-    hidden = getattr(config, "hidden_size", None) or embedding.shape[1]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    hidden = _largest(config, "hidden_size") or embedding.shape[1]
+    heads = _largest(config, "num_attention_heads") or 1
+    head_size = _largest(config, "head_dim") or hidden // heads
+    queries, keys = heads * head_size, (_largest(config, "num_key_value_heads") or heads) * head_size
     return Shape(
         parameters=sum(sizes),
         persistent=sum(size for size in sizes if size < persistence_threshold),
@@ -94,7 +94,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         recomputable=most_blocks(skeleton),
         last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        intermediate=_largest(config, "intermediate_size") or 4 * hidden,
         norms=_norms(next(iter(blocks(skeleton)), skeleton), head_size, queries, keys),
         heads=heads,
         queries=queries,
@@ -104,6 +104,15 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         attention=str(skeleton.config._attn_implementation),
         targets=tuple(targets),
     )
+
+
+def _largest(config: Any, name: str) -> int:
+    """A size of the config, of all layers' where they differ in it; 0 if it has none."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers 5.23, of a config whose layers differ: Gemma 4's heads
+        value = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max((each or 0 for each in value), default=0) if isinstance(value, list | tuple) else value or 0
 
 
 def _norms(block: nn.Module, head_size: int, queries: int, keys: int) -> int:

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lora_one_dist.base import head
-from lora_one_dist.base.loss import _CrossEntropySum, dropout_off, loss_sum
+from lora_one_dist.base.dropout import dropout_off
+from lora_one_dist.base.loss import _CrossEntropySum, loss_sum
 from lora_one_dist.cluster import comm
 from lora_one_dist.data import batches
 from tests import models, reference

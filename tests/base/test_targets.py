@@ -234,6 +234,19 @@ def test_all_linear_leaves_out_what_cannot_be_adapted():
     assert [name for name, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)] == names
 
 
+def test_a_model_whose_shapes_hang_on_values_is_asked_with_thin_ones(monkeypatch):
+    net = models.llama(layers=2)
+    net.model.layers[1].mlp = Odd()
+    forward = type(net).forward
+
+    def cut(self, input_ids, **kwargs):
+        assert bool((input_ids == input_ids).all()), "neither meta nor fake tensors can say"
+        return forward(self, input_ids=input_ids[:, : int(input_ids.max())], **kwargs)
+
+    monkeypatch.setattr(type(net), "forward", cut)
+    assert set(choose(net, LoraConfig(r=4))[1]) == {f"model.layers.1.mlp.{name}" for name in LEFT_OUT}
+
+
 @pytest.mark.parametrize("name", [name for name in LEFT_OUT if name != "gate"])
 def test_what_cannot_be_adapted_is_refused_where_it_is_named(name):
     net = models.llama(layers=2)
