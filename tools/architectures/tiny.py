@@ -73,6 +73,8 @@ ODD: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note_text": {f"swa_{name}": size for name, size in SWA.items()},
     "dots3_note_vision": {"pyramid_num_routed": [-1, 2, 4]},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|visual token 000000|>": 5, "<|visual token 000001|>": 6}},
+    "emu3_vqgan": {"base_channels": 32, "codebook_size": 64},
     "falcon_h1": {"mamba_d_head": 32},
     "fast_vlm": {"vision_config": {"model_type": "siglip_vision_model", **VISION}},
     "gemma3n_vision": {"architecture": "test_efficientnet"},
