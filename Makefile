@@ -24,9 +24,10 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(LAUNCH) launch/train.py --config launch/configs/demo.yaml
 
-# Two processes, each with whole files: most tests wait for ranks of their own.
+# Two processes, each with whole files: most tests wait for ranks of their own.  In the order of tests/conftest.py: by the
+# number of tests those that launch jobs would come last.
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not full"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full"
 
 # Four hosts of ranks take both cores: one process for those.
 test-rest: $(INSTALLED)

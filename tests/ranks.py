@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -153,8 +155,7 @@ def _command(
     from lora_one_dist.config.settings import CommConfig
 
     _become(env, host)
-    for number, path in enumerate(streams, start=1):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    _write_to(streams)
     try:
         comm.init(CommConfig(rendezvous_seconds=RENDEZVOUS_SECONDS))
         code = function(*args)
@@ -162,6 +163,31 @@ def _command(
     except Exception as error:
         comm.fail(error)
     os._exit(code or 0)
+
+
+def run_script(folder: Path, *argv: object) -> tuple[int | None, str, str]:
+    """Run ``python argv`` on no rank, without seconds of imports; returns its exit code, stdout and stderr."""
+    streams = (folder / "script.stdout", folder / "script.stderr")
+    process = _context.Process(target=_script, args=(streams, [str(argument) for argument in argv]))
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    stdout, stderr = (path.read_text() for path in streams)
+    return process.exitcode, stdout, stderr
+
+
+def _script(streams: tuple[Path, Path], argv: list[str]) -> None:
+    sys.argv = argv
+    _write_to(streams)
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _write_to(streams: tuple[Path, Path]) -> None:
+    """Standard output and error of this process."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_one_dist.base.skeleton import build_skeleton
 from lora_one_dist.commands import plan, prepare_data
 from lora_one_dist.commands import sweep as sweep_command
 from lora_one_dist.config.reading import load_config
@@ -155,6 +156,9 @@ def test_the_comment_says_how_to_launch_and_what_the_plan_predicts(path):
     assert words[:2] == ["--config", str(path)]
     done = tool.run("plan", *words)
     assert done.stdout.rstrip().endswith("every phase fits")
+    if "qwen" in path.stem:
+        targets, layers = re.search(r", (\d+) target layers$.*^of (\d+) blocks ", done.stdout, re.M | re.S).groups()
+        assert int(targets) == 7 * int(layers)
     memory = re.findall(r"^  (\w+)\s+([\d.]+)  ", done.stdout.split("\n\n")[1], re.M)
     predicted = ", ".join(f"{phase} {peak}" for phase, peak in memory)
     assert said["Predicted"] == [f"{predicted}."]
@@ -172,9 +176,9 @@ def test_the_comment_says_how_to_launch_and_what_the_plan_predicts(path):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_shapes_of_the_qwens(name):
-    found = plan.shape_of(plan.settings_of(None, f"tools/shapes/{name}", []))
-    assert found.parameters == PARAMETERS[name]
-    assert len(found.targets) == 7 * found.layers
+    model = plan.settings_of(None, f"tools/shapes/{name}", []).model
+    skeleton = build_skeleton(model, Path(model.path))
+    assert sum(parameter.numel() for parameter in skeleton.parameters()) == PARAMETERS[name]
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

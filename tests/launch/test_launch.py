@@ -12,6 +12,7 @@ import yaml
 
 from tests.jobs import CONFIG as DEMO
 from tests.jobs import SHORT
+from tests.ranks import run_script
 from tests.runs import metrics
 
 BIN = Path(sys.executable).parent
@@ -60,10 +61,11 @@ def test_bad_config_reports_everything_and_exits_2():
 
 def test_used_folder_exits_1_without_a_traceback(tmp_path):
     (tmp_path / "used").write_text("x")
-    result = call(sys.executable, "launch/train.py", "--config", DEMO, f"output_dir={tmp_path}")
-    assert result.returncode == 1
-    assert "exists and is not empty" in result.stderr
-    assert "Traceback" not in result.stderr
+    (tmp_path / "said").mkdir()
+    code, _, stderr = run_script(tmp_path / "said", "launch/train.py", "--config", DEMO, f"output_dir={tmp_path}")
+    assert code == 1
+    assert "exists and is not empty" in stderr
+    assert "Traceback" not in stderr
 
 
 def losses(out: Path) -> list[float]:
@@ -82,9 +84,9 @@ def test_deepspeed_launcher_equals_a_single_process(tmp_path):
     assert "2 ranks on 1 host, cpu, launched by deepspeed" in two.stdout
     assert str(tmp_path / "two" / "adapter") in two.stdout
     assert not extensions.exists() or not any(extensions.rglob("*.so"))
-    one = call(sys.executable, *train, f"output_dir={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr[-3000:]
-    assert "1 ranks on 1 host, cpu, launched by single process" in one.stdout
+    code, stdout, stderr = run_script(tmp_path, *train, f"output_dir={tmp_path / 'one'}")
+    assert code == 0, stderr[-3000:]
+    assert "1 ranks on 1 host, cpu, launched by single process" in stdout
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 

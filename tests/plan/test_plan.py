@@ -5,6 +5,7 @@ tools/bench/phases.py and tests/run/test_memory.py hold the figures against meas
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -31,7 +32,9 @@ def settings(name: str, *overrides: str):
     return command.settings_of(None, f"tools/shapes/{name}", list(overrides))
 
 
+@functools.cache
 def shape(name: str) -> Shape:
+    """With the default settings; of a model of 80 blocks it takes seconds."""
     return command.shape_of(settings(name))
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 
-from tests.ranks import free_port
+from tests.ranks import run_ranks
 
 QUICK = "environment,products,svd,preconditioner,loss,branch,gradient,groups,syncs"
 
 
-def battery(out, *arguments, **env):
+def battery(out, *arguments):
     command = [sys.executable, "tools/gpu/battery.py", "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env or None)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def rows_of(out):
@@ -23,16 +25,15 @@ def rows_of(out):
 
 
 def test_rows_of_the_cpu_pass_and_the_others_say_why_not(tmp_path):
-    process = battery(tmp_path / "gpu.json", "--rows", QUICK)
-    said, errors = process.communicate()
-    assert process.returncode == 0, said + errors
+    done = battery(tmp_path / "gpu.json", "--rows", QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
     found = rows_of(tmp_path / "gpu.json")
     assert list(found) == QUICK.split(",")
     left_out = {name: row["figure"] for name, row in found.items() if row["result"] == "LEFT OUT"}
     assert left_out.keys() == {"groups", "syncs"}
     assert left_out["syncs"] == "needs a GPU"
     assert "start it with a launcher" in left_out["groups"]
-    assert "7 PASS, 0 FAIL, 2 LEFT OUT" in said
+    assert "7 PASS, 0 FAIL, 2 LEFT OUT" in done.stdout
     about = json.loads((tmp_path / "gpu.json").read_text())
     assert {"hardware", "versions", "commit", "command"} <= about.keys()
 
@@ -54,25 +55,26 @@ def test_a_row_that_fails_is_named_and_the_next_has_its_turn(tmp_path, monkeypat
     assert "broken" in found["svd"]["traceback"]
 
 
-def test_groups_of_several_ranks(tmp_path):
-    import os
+def on_a_rank(*arguments):
+    """Runs on a rank: the battery's exit code, and what it printed."""
+    from tools.gpu import battery as module
 
-    port = str(free_port())
-    started = []
-    for rank in range(4):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_PORT": port}
-        env = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1"}
-        started.append(battery(tmp_path / "gpu.json", "--rows", "groups", **env))
-    said = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0] * 4, said
-    assert "4 ranks on 1 hosts: all-reduce" in said[0][0]
+    sys.argv = ["tools/gpu/battery.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = module.main()
+    return code, printed.getvalue()
+
+
+def test_groups_of_several_ranks(tmp_path):
+    said = run_ranks(4, on_a_rank, "--out", str(tmp_path / "gpu.json"), "--rows", "groups", init=False)
+    assert [code for code, _ in said] == [0] * 4, said
+    assert "4 ranks on 1 hosts: all-reduce" in said[0][1]
     assert rows_of(tmp_path / "gpu.json")["groups"]["result"] == "PASS"
 
 
 @pytest.mark.full
 def test_every_row(tmp_path):
-    process = battery(tmp_path / "gpu.json")
-    said, errors = process.communicate()
-    assert process.returncode == 0, said + errors
+    done = battery(tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stdout + done.stderr
     results = {name: row["result"] for name, row in rows_of(tmp_path / "gpu.json").items()}
     assert {name for name, result in results.items() if result != "PASS"} == {"groups", "syncs"}
