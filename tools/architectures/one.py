@@ -119,11 +119,9 @@ def train(folder: Path, ranks: int) -> dict[str, Any]:
     try:
         story.run(parse_config(raw))
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        late = not isinstance(cause, ModelError) and "ModelError" not in str(error) and "model.path" not in str(error)
-        return {"step": f"train{ranks}", "reason": _line(error), "late": late}
+        refused = isinstance(error.__cause__, ModelError) and not out.exists()
+        reason = _line(error.__cause__ or error).replace(f"{folder}/", "")
+        return {"step": f"train{ranks}", "reason": reason, "late": not refused}
     torch.save(tapped, folder / f"gradients{ranks}.{comm.rank()}.pt")
     log = (out / "log.txt").read_text(encoding="utf-8") if (out / "log.txt").is_file() else ""
     return {"road": "from_pretrained" if "from_pretrained" in log else "slices"}
