@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from lora_one_dist.base import varlen
@@ -72,10 +73,11 @@ def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str
     except Exception as error:  # a model's own code may fail in any way
         return _refuse_failing(model, error, value)
     cause = _refuse_not_causal(one, other, value)
-    if cause is not None or config.recompute in ("none", 0) or not most_blocks(model):
+    if cause is not None:
         return cause
+    may_recompute = config.recompute not in ("none", 0) and most_blocks(model) > 0
     with _rehearsing(model):
-        return _refuse_wrong_again(model, config.checkpointing, value)
+        return _refuse_wrong_gradient(model, config.checkpointing if may_recompute else None, value)
 
 
 def _refuse_failing(model: Any, error: Exception, value: str) -> str:
@@ -119,21 +121,38 @@ def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> st
     return None
 
 
-def _refuse_wrong_again(model: Any, kind: str, value: str) -> str | None:
-    """Raise ModelError, or say why the gradient tells nothing (None if it does)."""
+def _refuse_wrong_gradient(model: Any, kind: str | None, value: str) -> str | None:
+    """Raise ModelError, or say why the gradient tells nothing (None if it does).
+
+    Args:
+        kind: of checkpointing, if any may be.
+    """
     ids = _tokens(model)
     freeze_products(model)
     begin_at_embeddings(model)
+    recompute_blocks(model, 0, False)
+    try:
+        with _in_backward() as ran:
+            kept = _gradient(model, ids)
+    except Exception as error:
+        return _refuse_failing(model, error, value)
+    if ran:
+        raise ModelError(
+            f"{value} runs its layers again in a backward pass of its own ({ran[0]} first), where ZeRO-3 has let go of "
+            "their weights. Give another model."
+        )
+    if not (kept.isfinite().all() and kept.any()):
+        return "with random weights its gradient is not finite, or zero"
+    if kind is not None:
+        _refuse_wrong_again(model, kind, ids, kept)
+    return None
+
+
+def _refuse_wrong_again(model: Any, kind: str, ids: torch.Tensor, kept: torch.Tensor) -> None:
+    """Raise ModelError if the gradient is not the one that was ``kept`` where blocks are computed again."""
     other = "non_reentrant" if kind == "reentrant" else "reentrant"
     remedy = f"Set model.recompute: none, or model.checkpointing: {other}."
     setting = f"model.checkpointing = {kind}: {type(model).__name__}"
-    recompute_blocks(model, 0, False)
-    try:
-        kept = _gradient(model, ids)
-    except Exception as error:
-        return _refuse_failing(model, error, value)
-    if not (kept.isfinite().all() and kept.any()):
-        return "with random weights its gradient is not finite, or zero"
     try:
         recompute_blocks(model, most_blocks(model), kind == "reentrant")
         again = _gradient(model, ids)
@@ -145,7 +164,22 @@ def _refuse_wrong_again(model: Any, kind: str, value: str) -> str | None:
             f"{setting} has another gradient where its blocks are computed again, off by {difference:.2g}: they share "
             f"more than their inputs and outputs. {remedy}"
         )
-    return None
+
+
+@contextlib.contextmanager
+def _in_backward() -> Iterator[list[str]]:
+    """Collect the types of modules that run while autograd goes back."""
+    ran: list[str] = []
+
+    def watch(layer: nn.Module, inputs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            ran.append(type(layer).__name__)
+
+    handle = register_module_forward_pre_hook(watch)
+    try:
+        yield ran
+    finally:
+        handle.remove()
 
 
 def _gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:

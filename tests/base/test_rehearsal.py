@@ -64,6 +64,15 @@ CONFIGS: dict[str, dict[str, object]] = {
         "prompt_length": 4,
         "segment_types": 4,
     },
+    "reformer": {
+        **SIZES,
+        "feed_forward_size": 48,
+        "attention_head_size": 8,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 16,
+        "axial_pos_embds": False,
+        "is_decoder": True,
+    },
     "xmod": {**SIZES, "intermediate_size": 48, "languages": ["en_XX", "de_DE"]},
 }
 
@@ -136,6 +145,11 @@ def test_blocks_that_fail_when_run_again_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "gradient_checkpointing_enable", enable)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot compute its blocks again .division by zero.. Set"):
         rehearse(skeleton("llama", tmp_path), config())
+
+
+def test_layers_that_run_again_in_a_backward_pass_of_their_own_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"'reformer' runs its layers again in a backward pass of its own .Chunk"):
+        rehearse(skeleton("reformer", tmp_path), config(recompute="none"))
 
 
 @pytest.mark.parametrize("where", ["code of the folder's own", "a GPU"])
