@@ -50,7 +50,7 @@ def run_one(out: Path, kind: str) -> None:
     folder = out / kind
     shutil.rmtree(folder, ignore_errors=True)  # what a run of before left
     folder.mkdir(parents=True)
-    found: dict[str, Any] = {"kind": kind}
+    found: dict[str, Any] = {"kind": kind, "commit": harness.commit()}
     for step in ("build", *(f"train{ranks}" for ranks in RANKS), "compare"):
         told = _call(folder, step)
         found |= told
@@ -101,24 +101,35 @@ def verdict(found: Mapping[str, Any]) -> str:
 
 
 def write_table(out: Path, path: Path) -> None:
-    """A row for each type that has a result."""
+    """What works with its figures, and by their verdict the others with the reason."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/result.json"))]
-    rows = []
-    for found in results:
-        how, _, reason = verdict(found).partition(": ")
-        figures = {name: found.get(name, "") for name in ("gradient1", "gradient2", "autograd2", "peft1", "peft2")}
-        rows.append({"type": found["kind"], "verdict": how, **figures, "note": reason or found.get("note", "")})
-    counts = Counter(row["verdict"].partition(",")[0] for row in rows)
+    told = [(found, *verdict(found).partition(": ")[::2]) for found in results]
+    counts = Counter(how.partition(",")[0] for _, how, _ in told)
     about = harness.about()
-    head = (
-        f"# Every model type of transformers {about['versions']['transformers']}\n\n"
-        f"`{about['command']}`, {about['date']}, {about['hardware']}, at {about['commit']}, {about['versions']}.\n\n"
-        "Tiny models with random weights, fp32. gradient: the largest error of a target's one-step gradient against\n"
-        "float64, relative, at 1 and 2 ranks; autograd: that of one process of plain autograd, of the same target;\n"
-        "peft: how far PEFT's held-out loss with the exported adapter is from the run's.\n\n"
-        f"{', '.join(f'{count} {name}' for name, count in counts.most_common())}.\n\n"
-    )
-    path.write_text(head + markdown.table(rows) + "\n", encoding="utf-8")
+    commits = ", ".join(f"{count} at {commit}" for commit, count in Counter(f["commit"] for f in results).most_common())
+    lines = [
+        f"# Every model type of transformers {about['versions']['transformers']}",
+        "",
+        f"`{about['command']}`, {about['date']}, {about['hardware']}, {about['versions']}; {commits}.",
+        "",
+        "Tiny models with random weights, fp32. gradient: the largest error of a target's one-step gradient against",
+        "float64, relative, at 1 and 2 ranks; autograd: that of one process of plain autograd, of the same target;",
+        "peft: how far PEFT's held-out loss with the exported adapter is from the run's, relative.",
+        "",
+        f"{', '.join(f'{count} {name}' for name, count in counts.most_common())}.",
+    ]
+    figures = [name + str(ranks) for name in ("gradient", "autograd", "peft") for ranks in RANKS]
+    ran = [
+        {"type": found["kind"], "": how} | {name: found[name] for name in figures}
+        for found, how, why in told
+        if not why
+    ]
+    experts = [found["kind"] for found, _, why in told if "mixture" in why]
+    others = [(found["kind"], how, why) for found, how, why in told if why and "mixture" not in why]
+    lines += ["", "## Ran", "", markdown.table(ran)]
+    lines += ["", f"## Refused as mixtures of experts ({len(experts)})", "", ", ".join(experts) + "."]
+    lines += ["", "## Others", "", *(f"- **{kind}**, {how}: {why}" for kind, how, why in others)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> int:
