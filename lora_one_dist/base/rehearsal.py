@@ -113,19 +113,24 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _refuse_seen_pads(model: Any, value: str) -> None:
-    """Raise ModelError if an encoder's pads, which its mask names, change the logits."""
+    """Raise ModelError if pads behind a prompt, which the mask names, or behind its completion change the logits."""
     ids = _tokens(model)
-    mask = torch.ones(1, TOKENS + PADS, dtype=torch.long)
-    mask[:, TOKENS:] = 0
     padded = nn.functional.pad(ids, (0, PADS), value=pad_token(model))
+    mask = (torch.arange(TOKENS + PADS) < TOKENS).long()[None]
     with torch.no_grad():
-        plain, beside = _logits(model, ids), _logits(model, ids, input_ids=padded, attention_mask=mask)
-    difference = float((beside - plain).abs().max() / plain.abs().max())
-    if difference > EQUAL:
-        raise ModelError(
-            f"{value} sees the padding of a prompt: behind it the logits change by {difference:.2g} of the largest, so "
-            "that a sample's loss would depend on what shares its micro-batch. Give a model that masks it."
-        )
+        plain = _logits(model, ids)
+        both = {
+            "prompt": _logits(model, ids, input_ids=padded, attention_mask=mask),
+            "completion": _logits(model, padded)[:, :TOKENS],
+        }
+    for what, beside in both.items():
+        difference = float((beside - plain).abs().max() / plain.abs().max())
+        if difference > EQUAL:
+            raise ModelError(
+                f"{value} sees the padding of a {what}: with {PADS} pads the logits change by {difference:.2g} of the "
+                "largest, so that a sample's loss would depend on what shares its micro-batch. Give a model that masks "
+                "it."
+            )
 
 
 def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> str | None:

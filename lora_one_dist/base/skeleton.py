@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.core_model_loading import build_glob_alternation
 
-from lora_one_dist.base.towers import auto_class, drop_towers, model_class
+from lora_one_dist.base.towers import auto_class, describes_encoder, drop_towers, model_class
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
@@ -109,7 +109,7 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
     kind, code = str(described.get("model_type")), described.get("auto_map")
     known = kind in CONFIG_MAPPING
     value = f"model.path = {config.path}: its model_type = {described.get('model_type')!r}"
-    has_encoder = bool(known and described.get("is_encoder_decoder", CONFIG_MAPPING[kind].is_encoder_decoder))
+    has_encoder = describes_encoder(described)
     trained = known and auto_class(kind, described.get("architectures"), has_encoder) is not None
     if isinstance(code, dict) and "AutoModelForCausalLM" in code and not trained:
         if not config.trust_remote_code:

@@ -5,9 +5,10 @@ In: a config.json, or a whole model.  Out: its class, or the model without what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -30,6 +31,13 @@ def auto_class(kind: str, architectures: Any, has_encoder: bool = False) -> Any:
     if whole is not None and (not is_causal or whole in (architectures or ())):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM if is_causal else None
+
+
+def describes_encoder(described: Mapping[str, Any]) -> bool:
+    """Is a config.json that of an encoder and a decoder?  Not if transformers does not know the type.  Pure."""
+    kind = str(described.get("model_type"))
+    own = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].is_encoder_decoder
+    return kind in CONFIG_MAPPING and bool(described.get("is_encoder_decoder", own))
 
 
 def model_class(config: Any) -> Any:

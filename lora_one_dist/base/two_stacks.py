@@ -56,21 +56,8 @@ def refuse_settings(model: Any, config: Config) -> None:
     """
     if not has_encoder(model):
         return
-    data, own = config.data, model.config.to_dict()
-    needed: list[tuple[str, Any, Any]] = [
-        ("data.format", data.format, "completion"),
-        ("data.packing", data.packing, False),
-        ("data.loss_on", data.loss_on, "completion"),
-    ]
-    if config.model.attn_implementation == "varlen":
-        needed.append(("model.attn_implementation", "varlen", "auto"))
-    for key, value, fitting in needed:
-        if value != fitting:
-            raise ModelError(
-                f"{key} = {str(value).lower()}: {type(model).__name__} has an encoder that reads prompts and a decoder "
-                f"that writes completions, each alone in its row. Set {key}: {str(fitting).lower()}."
-            )
-    in_file = f"model.path = {config.model.path}: its config.json has"
+    refuse_for_one_stack(type(model).__name__, config)
+    own, in_file = model.config.to_dict(), f"model.path = {config.model.path}: its config.json has"
     for key, value in own.items():
         if "layerdrop" in key and value:
             raise ModelError(
@@ -82,3 +69,21 @@ def refuse_settings(model: Any, config: Config) -> None:
             f"{in_file} attention_type = block_sparse, which a short batch turns off for all that follow. Set it to "
             "original_full there."
         )
+
+
+def refuse_for_one_stack(kind: str, config: Config) -> None:
+    """Raise ModelError for settings that need one stack; ``kind`` is the model's name."""
+    data = config.data
+    needed: list[tuple[str, Any, Any]] = [
+        ("data.format", data.format, "completion"),
+        ("data.packing", data.packing, False),
+        ("data.loss_on", data.loss_on, "completion"),
+    ]
+    if config.model.attn_implementation == "varlen":
+        needed.append(("model.attn_implementation", "varlen", "auto"))
+    for key, value, fitting in needed:
+        if value != fitting:
+            raise ModelError(
+                f"{key} = {str(value).lower()}: {kind} has an encoder that reads prompts and a decoder "
+                f"that writes completions, each alone in its row. Set {key}: {str(fitting).lower()}."
+            )

@@ -93,13 +93,13 @@ class _SaveInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, layer_input: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, layer_input: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(layer_input)
         return layer_input.view_as(layer_input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_input: torch.Tensor) -> torch.Tensor:
-        return grad_input[0]
+    def backward(ctx: Any, *grad_input: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_input[0], None
 
 
 class _OwnerSums:
@@ -266,7 +266,9 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any
 
 
 def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return _SaveInput.apply(inputs[0])
+    """An input outside the graph, as of a second call on positions alone, has a part in the gradient too."""
+    begins = torch.is_grad_enabled() and not inputs[0].requires_grad
+    return _SaveInput.apply(inputs[0], torch.empty(0, requires_grad=True) if begins else None)
 
 
 def _capture_hook(sink: Callable[..., None]) -> Callable[..., None]:

@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
 )
 from transformers.models.t5 import modeling_t5
 
+from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.two_stacks import refuse_settings
+from lora_one_dist.commands import inspect_data, plan, verify
 from lora_one_dist.config.reading import parse_config
 from lora_one_dist.config.settings import DataConfig, ModelConfig
+from lora_one_dist.convert import compare, merge, zero
 from lora_one_dist.data import batches
 from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
@@ -40,8 +43,10 @@ BART = {
     **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
     **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
     **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+    **{f"{side}_layerdrop": 0.0 for side in ("encoder", "decoder")},
     **{"max_position_embeddings": 64, "dropout": 0.0, "init_std": 0.2, "forced_eos_token_id": None},
 }
+OWN = {"pegasus_x": {"block_size": 8, "num_global_tokens": 4}}
 
 
 def pairs(count: int) -> list[dict]:
@@ -118,19 +123,24 @@ def test_gradient_equals_autograd(case, model_folder):
     hold_gradient(models.t5(), model_folder("t5"), *case)
 
 
-@pytest.mark.parametrize("kind", ["t5 gated", "bart", "mt5"])
+# Of a head that is not tied, one with a bias behind it, absolute positions; keys and values of two inputs (pegasus_x).
+KINDS = ["t5 gated", "bart", "pegasus_x"]
+MORE = ["mt5", "umt5", "longt5", "mbart", "pegasus", "blenderbot", "m2m_100", "plbart", "mvp"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.full) for kind in MORE)])
 def test_gradient_of_other_kinds_equals_autograd(kind, tmp_path):
-    """Of a head that is not tied, one with a bias behind it, and absolute positions."""
     torch.manual_seed(5)
-    if kind == "bart":
-        model = BartForConditionalGeneration(BartConfig(**BART))
-        model.final_logits_bias.normal_()
-    elif kind == "mt5":
-        model = MT5ForConditionalGeneration(MT5Config(**models.t5().config.to_dict()))
-    else:
+    if kind == "t5 gated":
         model = models.t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    else:
+        sizes = models.t5().config.to_diff_dict() if "t5" in kind else {**BART, **OWN.get(kind, {})}
+        sizes = {key: value for key, value in sizes.items() if key not in ("model_type", "architectures")}
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **sizes))
+    if kind == "bart":
+        model.final_logits_bias.normal_()
     model.save_pretrained(tmp_path)
-    hold_gradient(model, tmp_path, 1, "stage0", "non_reentrant", 3, 2)
+    hold_gradient(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), tmp_path, 1, "stage0", "non_reentrant", 3, 2)
 
 
 def sentences(count: int, seed: int) -> list[dict]:
@@ -159,11 +169,13 @@ def classify(folder: Path, out: Path, **changes) -> dict:
     return raw
 
 
-def peft_eval_loss(base: Path, adapter: Path) -> float:
+def eval_loss(folder: Path, adapter: Path | None) -> float:
     """By PEFT's own class for the task, one unpadded row of the evaluation data at a time."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-    assert type(model).__name__ == "PeftModelForSeq2SeqLM"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+        assert type(model).__name__ == "PeftModelForSeq2SeqLM"
     losses = []
     for row in sentences(24, 1):
         prompt, completion = (tokenizer(text).input_ids for text in (f"w60 {row['sentence']}", row["label"]))
@@ -180,15 +192,33 @@ def losses_of(out: Path) -> list[float]:
 LEARNS = {"train__max_steps": 30, "train__exact_match_samples": 24, "optim__lr": 2e-2, "lora__r": 8}
 
 
-def test_a_run_classifies_and_peft_gives_its_loss(model_folder, tmp_path):
+def test_a_run_classifies_and_peft_and_a_merge_give_its_loss(model_folder, tmp_path, capsys):
     out, folder = tmp_path / "run", model_folder("t5")
     run_ranks(2, train, classify(folder, out, **LEARNS))
     first, last = metrics(out)[0], metrics(out)[-1]
-    print(f"exact match {first['exact_match']} to {last['exact_match']}")
     assert first["exact_match"] < 0.1
     assert last["exact_match"] > 0.9
-    assert peft_eval_loss(folder, out / "adapter") == pytest.approx(last["eval_loss"], abs=1e-5)
-    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    assert eval_loss(folder, out / "adapter") == pytest.approx(last["eval_loss"], abs=1e-5)
+    merge.run(merge.plan(folder, out / "adapter"), tmp_path / "merged")
+    assert eval_loss(tmp_path / "merged", None) == pytest.approx(last["eval_loss"], abs=1e-5)
+    both = [str(out / "adapter"), str(out / "adapter_init"), "--base", str(folder), "--prompt", "w60 w5 w7"]
+    assert verify.main(both) == verify.DIFFERENT
+    assert "logits:" in capsys.readouterr().out
+    inferred = zero.infer_config(compare.open_any(out / "adapter").tensors, 8)
+    described = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert described["task_type"] == inferred["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_tools_show_the_samples_and_plan(model_folder, tmp_path, capsys):
+    raw = classify(model_folder("t5"), tmp_path / "run")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    assert inspect_data.main(["--config", str(config), "--samples", "1"]) == 0
+    assert re.search(r"\nw60 [w\d ]+</s>\[\[ w\d\d.*</s>\]\]\n", capsys.readouterr().out)
+    assert inspect_data.main(["--config", str(config), "data.packing=true"]) == 1
+    assert plan.main(["--config", str(config), "--ranks_per_host", "2", "--backend", "gloo"]) == 0
+    assert "54 target layers" in capsys.readouterr().out
+    assert plan.main(["--config", str(config), "data.packing=true"]) != 0
 
 
 REFUSED = {
@@ -216,7 +246,7 @@ def test_what_needs_one_stack_is_refused_before_a_weight_is_read(key, model_fold
     ],
 )
 def test_models_whose_layers_change_with_the_batch_are_refused(own, rule, tmp_path):
-    model = BartForConditionalGeneration(BartConfig(**BART, **own))
+    model = BartForConditionalGeneration(BartConfig(**{**BART, **own}))
     model.config.save_pretrained(tmp_path)
     raw = settings(tmp_path, tmp_path / "run")
     with pytest.raises(ModelError, match=rule):
@@ -274,22 +304,59 @@ def test_a_prompt_and_its_completion_become_a_sample(model_folder, tmp_path):
     assert load_eval_prompts(loaded, tokenizer, config, [0], with_encoder=True) == [([3, 4, 2], "w5")]
 
 
-def test_blocks_below_the_targets_keep_nothing(model_folder):
-    """Layers of the decoder alone: the encoder is not in the graph, and its output is where one begins."""
+def test_types_are_as_transformers_keeps_them(model_folder, monkeypatch):
+    """`wo`, which some releases keep in fp32 and others in bf16."""
+    folder = model_folder("t5")
+    for kept in (None, {"wo"}):
+        monkeypatch.setattr(modeling_t5.T5PreTrainedModel, "_keep_in_fp32_modules_strict", kept)
+        found = build_skeleton(ModelConfig(path=str(folder), dtype="bf16"), folder)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+        assert {n: p.dtype for n, p in found.named_parameters()} == {n: p.dtype for n, p in loaded.named_parameters()}
+    assert loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+
+
+def test_blocks_below_the_targets_keep_nothing():
+    """Of the decoder's layers alone the encoder is not in the graph, which begins at its end."""
     model = models.t5()
+    begin_at_embeddings(freeze(model))
     blocks = [*model.encoder.block, *model.decoder.block]
-    for first, below in ((2, 2), (4, 4), (5, 5)):
-        layers = {layer for layer in blocks[first].modules() if isinstance(layer, nn.Linear)} | {model.decoder.block[2]}
+    for below in (2, 4, 5):
+        layers = {layer for layer in blocks[below].modules() if isinstance(layer, nn.Linear)}
+        layers |= {layer for layer in blocks[6].modules() if isinstance(layer, nn.Linear)}
         assert gradient._below(model, layers) == blocks[:below]
+        with gradient._backward_down_to(model, layers):
+            found = graphs_of(model, blocks)
+        begun = {below - 1, *([3] if below > 4 else [])}
+        assert found == [i >= below or i in begun for i in range(7)]
+    assert graphs_of(model, blocks) == [True] * 7, "no hook is left"
     assert gradient._below(model, {model.lm_head}) == []
 
 
+def freeze(model):
+    model.requires_grad_(False)
+    return model
+
+
+def graphs_of(model, blocks) -> list[bool]:
+    """Of each block's output: is it in a graph?"""
+    found: dict[nn.Module, bool] = {}
+    handles = [
+        block.register_forward_hook(lambda block, _, output: found.__setitem__(block, output[0].requires_grad))
+        for block in blocks
+    ]
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[7]]))
+    for handle in handles:
+        handle.remove()
+    return [found[block] for block in blocks]
+
+
+@pytest.mark.full
 def test_losses_do_not_depend_on_the_ranks_and_a_run_goes_on_on_fewer(model_folder, tmp_path):
     """Of answers long enough for gradients of full rank: the rest of a top space is noise, another on each rank."""
     folder, made = model_folder("t5"), {}
-    for ranks, zero in ((1, "stage0"), (2, "zero3")):
+    for ranks, policy in ((1, "stage0"), (2, "zero3")):
         made[ranks] = settings(folder, tmp_path / str(ranks), train__max_steps=20, init__layer_groups=3)
-        made[ranks] |= {"checkpoint": {"steps": 10}, "deepspeed": {"config": f"ds_configs/{zero}.json"}}
+        made[ranks] |= {"checkpoint": {"steps": 10}, "deepspeed": {"config": f"ds_configs/{policy}.json"}}
         run_ranks(ranks, train, made[ranks])
     losses = losses_of(tmp_path / "1")
     assert losses_of(tmp_path / "2") == pytest.approx(losses, abs=1e-5, rel=0)
