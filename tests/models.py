@@ -19,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lora_one_dist.config.settings import DeepSpeedConfig
@@ -67,11 +69,22 @@ def qwen2() -> PreTrainedModel:
     return model
 
 
-MODELS = {"llama": llama, "qwen2": qwen2}
+def t5(**changes: object) -> PreTrainedModel:
+    """T5 of its first form: one weight for both embeddings and the head, 4 blocks that read and 3 that write."""
+    torch.manual_seed(13)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "dropout_rate": 0.0}
+    given = {**sizes, "num_layers": 4, "num_decoder_layers": 3, "decoder_start_token_id": 0, "eos_token_id": 2}
+    return T5ForConditionalGeneration(T5Config(**{**given, **changes}))
+
+
+MODELS = {"llama": llama, "qwen2": qwen2, "t5": t5}
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One token a word: w3 to w63; pad 0, bos 1 (added in front), eos 2.  For qwen2, by characters: its own class."""
+    """One token a word: w3 to w63; pad 0, bos 1 (added in front), eos 2.  For qwen2, by characters: its own class.
+
+    For t5 no bos, and eos behind every text.
+    """
     if kind == "qwen2":
         symbols = ["<|endoftext|>", "<pad>", "</s>", "Ġ", "w", *"0123456789"]
         vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
@@ -79,7 +92,8 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
-    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    around = ("$A </s>", [("</s>", 2)]) if kind == "t5" else ("<s> $A", [("<s>", 1)])
+    inner.post_processor = TemplateProcessing(single=around[0], special_tokens=around[1])
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 

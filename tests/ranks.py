@@ -28,7 +28,7 @@ PRELOAD = [
     *(f"tests.{name}" for name in ("cluster.test_comm", "cluster.test_hierarchy", "cluster.test_meeting")),
     *(f"tests.{name}" for name in ("base.test_loading", "initialise.test_gradient", "initialise.test_pairs")),
     *(f"tests.{name}" for name in ("train.test_optim", "data.test_packing", "kill_harness", "run.test_story")),
-    *(f"tests.{name}" for name in ("run.test_resume", "run.test_disks", "run.test_memory")),
+    *(f"tests.{name}" for name in ("run.test_resume", "run.test_disks", "run.test_memory", "run.test_seq2seq")),
     "tests.frozen",
 ]
 

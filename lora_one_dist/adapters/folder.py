@@ -35,18 +35,27 @@ class AdapterError(ValueError):
 
 
 def export(
-    folder: Path, config: Config, adapters: Sequence[Adapter], targets: Sequence[Target], initial: Pairs | None
+    folder: Path,
+    config: Config,
+    adapters: Sequence[Adapter],
+    targets: Sequence[Target],
+    initial: Pairs | None,
+    task_type: str = "CAUSAL_LM",
 ) -> None:
     """Write the adapters as they are now, in place of an older folder of that name.  Call on one rank.
 
     Args:
-        initial: as in :func:`encode`.
+        initial, task_type: as in :func:`encode`.
     """
-    folders.replace(folder, encode(config, adapters, targets, initial))
+    folders.replace(folder, encode(config, adapters, targets, initial, task_type))
 
 
 def encode(
-    config: Config, adapters: Sequence[Adapter], targets: Sequence[Target], initial: Pairs | None
+    config: Config,
+    adapters: Sequence[Adapter],
+    targets: Sequence[Target],
+    initial: Pairs | None,
+    task_type: str = "CAUSAL_LM",
 ) -> dict[str, bytes]:
     """The files of a PEFT folder, by name, with the adapters as they are now.
 
@@ -54,17 +63,19 @@ def encode(
         initial: A0, B0 as set, for methods that changed the base: the export then has rank 2r and fp32,
             ``lora_A = [A; A0]``, ``lora_B = [B | -B0]``, and the same scale s, so that it holds on the untouched base:
             ``W + s (B A - B0 A0)``.  None for methods that did not.
+        task_type: PEFT's name for what the model is trained on.
     """
     lora = config.lora
     if initial is None:
         pairs = {a.target.name: (a.A.detach(), a.B.detach()) for a in adapters}
-        return encode_pairs(peft_config(lora, targets, config.model.path), pairs, targets)
+        return encode_pairs(peft_config(lora, targets, config.model.path, task_type=task_type), pairs, targets)
     pairs = {}
     for a in adapters:
         # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
         A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
         pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
-    return encode_pairs(peft_config(lora, targets, config.model.path, times=2), pairs, targets)
+    description = peft_config(lora, targets, config.model.path, times=2, task_type=task_type)
+    return encode_pairs(description, pairs, targets)
 
 
 def encode_pairs(description: PeftLoraConfig, pairs: Pairs, targets: Sequence[Target]) -> dict[str, bytes]:

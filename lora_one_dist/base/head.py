@@ -60,7 +60,7 @@ def loss_in_pieces(
 
     def forward(given: torch.Tensor) -> torch.Tensor:
         flat = hidden[-1]
-        if flat.shape[0] != inputs["input_ids"].numel():  # of more than the next token: ProphetNet
+        if flat.shape[0] != count_rows(inputs):  # of more than the next token: ProphetNet
             return nn.functional.linear(given, head.weight, head.bias)
         losses.append(_HeadLoss.apply(flat[rows], labels, weight, head.weight, head.bias, tail))
         if is_known:  # what the model's own code goes on with
@@ -82,6 +82,11 @@ def loss_in_pieces(
     if _tails[model] is tail:
         return losses[0]
     return loss_in_pieces(model, inputs, rows, labels, weight)
+
+
+def count_rows(inputs: Mapping[str, Any]) -> int:
+    """Tokens whose next is predicted, padding included: a decoder's, where there is an encoder.  Pure."""
+    return int(inputs.get("decoder_input_ids", inputs["input_ids"]).numel())
 
 
 def _is_plain(head: Any) -> bool:

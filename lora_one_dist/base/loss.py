@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from lora_one_dist.base import varlen
-from lora_one_dist.base.head import cross_entropy, loss_in_pieces, rows_at_once, rows_only
+from lora_one_dist.base.blocks import has_encoder
+from lora_one_dist.base.head import count_rows, cross_entropy, loss_in_pieces, rows_at_once, rows_only
+from lora_one_dist.base.two_stacks import decoder_inputs
 from lora_one_dist.cluster import comm
 from lora_one_dist.data.batches import IGNORE_INDEX
 
@@ -28,16 +30,21 @@ def loss_sum(
     A sum, not transformers' mean: the caller divides by the targets of the whole global batch, so that the loss is
     the same however the batch is split into micro-batches and ranks.
 
-    The model gets no attention mask: rows are padded on the right and attention is causal, so that no target sees a
+    A decoder gets no attention mask: rows are padded on the right and attention is causal, so that no target sees a
     pad.  A batch with position_ids holds packed rows, whose documents transformers keeps apart (the padding is some of
-    its own), its flash attention only within a batch of one row.
+    its own), its flash attention only within a batch of one row.  An encoder's attention is not causal: it gets the
+    mask, and so does the attention to what it gives out.
 
     Args:
         head_is_target: the output head's own product must run in one piece, for what is hooked to it.
     """
     device, attention = comm.device(), str(model.config._attn_implementation)
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    if attention == varlen.NAME:
+    if has_encoder(model):
+        labels = batch["labels"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    elif attention == varlen.NAME:
         inputs, labels = varlen.one_row(batch, labels)
     else:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
@@ -52,7 +59,7 @@ def loss_sum(
         loss = loss_in_pieces(model, given, rows, labels, weight)
         if loss is not None:
             return loss
-    with rows_only(model, rows, inputs["input_ids"].numel()):
+    with rows_only(model, rows, count_rows(inputs)):
         logits = model(**given).logits.flatten(0, -2)
     if logits.shape[0] != rows.numel():
         logits = logits[rows]

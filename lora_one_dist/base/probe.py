@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.thin import ThinProducts, fill_thinly
@@ -92,21 +93,27 @@ def _ids() -> torch.Tensor:
 
 def _with_a_cache(model: Any, found: Pass) -> None:
     """With an empty cache transformers does not ask the positions whether they are of a packed row."""
-    cache = DynamicCache(config=model.config)
-    _back(model(input_ids=_ids(), past_key_values=cache, use_cache=False).logits, found)
+    given: dict[str, Any] = {"past_key_values": DynamicCache(config=model.config)}
+    if has_encoder(model):
+        given = {"decoder_input_ids": _ids()}
+    _back(model(input_ids=_ids(), **given, use_cache=False).logits, found)
 
 
 def _faked(model: Any, found: Pass) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _back(model.to(torch.bfloat16)(input_ids=mode.from_tensor(_ids()), use_cache=False).logits, found)
+        ids = mode.from_tensor(_ids())
+        given = {"decoder_input_ids": ids} if has_encoder(model) else {}
+        _back(model.to(torch.bfloat16)(input_ids=ids, **given, use_cache=False).logits, found)
 
 
 def _thinly(model: Any, found: Pass) -> None:
     fill_thinly(model)
     with ThinProducts(), torch.random.fork_rng(devices=[]):
-        _back(model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits, found)
+        ids = torch.arange(TOKENS)[None]
+        given = {"decoder_input_ids": ids} if has_encoder(model) else {}
+        _back(model(input_ids=ids, **given, use_cache=False).logits, found)
 
 
 def _back(logits: torch.Tensor, found: Pass) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from lora_one_dist.base import varlen
-from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.blocks import has_encoder, parts, stacks
 from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_at_embeddings
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
 from lora_one_dist.base.skeleton import ModelError, cause_of
 from lora_one_dist.base.thin import SEED, ThinProducts, fill_thinly
+from lora_one_dist.base.two_stacks import decoder_inputs, pad_token
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
@@ -33,6 +35,7 @@ NUMBERS = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkp
 SCANNED = 4  # tokens in a chunk
 TOKENS = 12
 CHANGED = 6  # from this one on
+PADS = 4
 REMEDY = (
     "a model that predicts the next token of a text; of some types that is one with is_decoder: true in its "
     "config.json."
@@ -75,6 +78,10 @@ def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str
     cause = _refuse_not_causal(one, other, value)
     if cause is not None:
         return cause
+    if has_encoder(model):
+        with _rehearsing(model):
+            decoder_inputs(model, _tokens(model))
+            _refuse_seen_pads(model, value)
     may_recompute = config.recompute not in ("none", 0) and most_blocks(model) > 0
     with _rehearsing(model):
         return _refuse_wrong_gradient(model, config.checkpointing if may_recompute else None, value)
@@ -105,6 +112,27 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     second[:, CHANGED:] = first.roll(1, 1)[:, CHANGED:]
     with torch.no_grad():
         return _logits(model, first), _logits(model, second)
+
+
+def _refuse_seen_pads(model: Any, value: str) -> None:
+    """Raise ModelError if pads behind a prompt, which the mask names, or behind its completion change the logits."""
+    ids = _tokens(model)
+    padded = nn.functional.pad(ids, (0, PADS), value=pad_token(model))
+    mask = (torch.arange(TOKENS + PADS) < TOKENS).long()[None]
+    with torch.no_grad():
+        plain = _logits(model, ids)
+        both = {
+            "prompt": _logits(model, ids, input_ids=padded, attention_mask=mask),
+            "completion": _logits(model, padded)[:, :TOKENS],
+        }
+    for what, beside in both.items():
+        difference = float((beside - plain).abs().max() / plain.abs().max())
+        if difference > EQUAL:
+            raise ModelError(
+                f"{value} sees the padding of a {what}: with {PADS} pads the logits change by {difference:.2g} of the "
+                "largest, so that a sample's loss would depend on what shares its micro-batch. Give a model that masks "
+                "it."
+            )
 
 
 def _refuse_not_causal(one: torch.Tensor, other: torch.Tensor, value: str) -> str | None:
@@ -194,21 +222,31 @@ def _gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _at_embedding(model: Any, found: list[torch.Tensor]) -> Iterator[None]:
-    """Collect the gradient of the embeddings' output."""
+    """Collect the gradient of the embeddings' output; an encoder's and a decoder's one behind the other."""
+    by_call: dict[int, torch.Tensor] = {}
+    calls = itertools.count()
 
     def watch(layer: Any, inputs: Any, output: torch.Tensor) -> None:
-        output.register_hook(lambda gradient: found.append(gradient))
+        call = next(calls)
+        output.register_hook(lambda gradient: by_call.__setitem__(call, gradient))
 
-    handle = model.get_input_embeddings().register_forward_hook(watch)
+    owners = parts(model) if has_encoder(model) else (model,)
+    handles = [layer.register_forward_hook(watch) for layer in {owner.get_input_embeddings() for owner in owners}]
     try:
         yield
+        found.append(torch.cat([by_call[call].flatten() for call in sorted(by_call)]))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor, **prompt: torch.Tensor) -> torch.Tensor:
+    """Of ids; a decoder's, beside a ``prompt`` that is always the same."""
     torch.manual_seed(SEED)  # whatever its code draws by chance, it draws again
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    given = {"input_ids": ids}
+    if has_encoder(model):
+        given = {"input_ids": _tokens(model), **prompt, "decoder_input_ids": ids}
+    logits: torch.Tensor = model(**given, use_cache=False).logits
     return logits
 
 

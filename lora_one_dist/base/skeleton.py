@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.core_model_loading import build_glob_alternation
 
-from lora_one_dist.base.towers import auto_class, drop_towers, model_class
+from lora_one_dist.base.towers import auto_class, describes_encoder, drop_towers, model_class
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
@@ -99,7 +99,7 @@ def attention(config: ModelConfig) -> str | None:
 
 
 def _refuse_kind(config: ModelConfig, folder: Path) -> None:
-    """Raise ModelError if config.json is damaged, or names no causal language model that may be run here."""
+    """Raise ModelError if config.json is damaged, or names no language model that may be run here."""
     try:
         described = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -109,8 +109,9 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
     kind, code = str(described.get("model_type")), described.get("auto_map")
     known = kind in CONFIG_MAPPING
     value = f"model.path = {config.path}: its model_type = {described.get('model_type')!r}"
-    causal = known and auto_class(kind, described.get("architectures")) is not None
-    if isinstance(code, dict) and "AutoModelForCausalLM" in code and not causal:
+    has_encoder = describes_encoder(described)
+    trained = known and auto_class(kind, described.get("architectures"), has_encoder) is not None
+    if isinstance(code, dict) and "AutoModelForCausalLM" in code and not trained:
         if not config.trust_remote_code:
             raise ModelError(
                 f"{value} needs Python code that comes with it, which model.trust_remote_code = false does not run. "
@@ -121,13 +122,12 @@ def _refuse_kind(config: ModelConfig, folder: Path) -> None:
         near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=1)
         hint = f"Did the file say {near[0]}? " if near else ""
         raise ModelError(f"{value} is none that transformers knows. {hint}Correct it, or update transformers.")
-    rule = ""
-    if not causal:
-        rule = "has no causal language model in transformers"
-    elif described.get("is_encoder_decoder", CONFIG_MAPPING[kind]().is_encoder_decoder):
-        rule = "has an encoder and a decoder"
-    if rule:
-        raise ModelError(f"{value} {rule}; what is trained here predicts the next token. Give a causal language model.")
+    if not trained:
+        rule = "has an encoder that does not read text alone" if has_encoder else "has no causal language model"
+        raise ModelError(
+            f"{value} {rule} in transformers; what is trained here predicts the next token. Give a causal language "
+            "model, or one whose encoder reads text (T5)."
+        )
 
 
 def cause_of(error: BaseException) -> str:

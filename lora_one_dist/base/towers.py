@@ -5,26 +5,29 @@ In: a config.json, or a whole model.  Out: its class, or the model without what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from lora_one_dist.base import probe
 
 
-def auto_class(kind: str, architectures: Any) -> Any:
+def auto_class(kind: str, architectures: Any, has_encoder: bool = False) -> Any:
     """transformers' class that builds a model; None: none of its classes predicts the next token of a text.
 
     A folder that says it is of the whole model (``architectures``) is: its adapters need the whole model's names.
 
     Args:
-        kind: ``model_type`` in config.json.
+        kind: ``model_type`` in config.json.  has_encoder: ``is_encoder_decoder`` there.
     """
+    if has_encoder:
+        return AutoModelForSeq2SeqLM if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else None
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if whole is not None and (not is_causal or whole in (architectures or ())):
@@ -32,9 +35,17 @@ def auto_class(kind: str, architectures: Any) -> Any:
     return AutoModelForCausalLM if is_causal else None
 
 
+def describes_encoder(described: Mapping[str, Any]) -> bool:
+    """Is a config.json that of an encoder and a decoder?  Not if transformers does not know the type.  Pure."""
+    kind = str(described.get("model_type"))
+    own = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind].is_encoder_decoder
+    return kind in CONFIG_MAPPING and bool(described.get("is_encoder_decoder", own))
+
+
 def model_class(config: Any) -> Any:
     """As :func:`auto_class`, of a config that was let in: code of its own stands for a causal language model."""
-    return auto_class(config.model_type, config.architectures) or AutoModelForCausalLM
+    found = auto_class(config.model_type, config.architectures, config.is_encoder_decoder)
+    return found or AutoModelForCausalLM
 
 
 def drop_towers(model: Any) -> None:
@@ -44,7 +55,8 @@ def drop_towers(model: Any) -> None:
     names.  Models of other kinds are left as they are.
     """
     model.towers_dropped = ()
-    if type(model).__name__ not in set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+    whole = type(model).__name__ in set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    if not whole or model.config.is_encoder_decoder:
         return
     decoder, trunk = model.get_decoder(), getattr(model, model.base_model_prefix, model)
     needed = {id(module) for part in (decoder, model.get_output_embeddings()) if part for module in part.modules()}

@@ -19,7 +19,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
+from lora_one_dist.base.skeleton import ModelError
+from lora_one_dist.base.towers import describes_encoder
+from lora_one_dist.base.two_stacks import refuse_for_one_stack
 from lora_one_dist.commands import command_line
 from lora_one_dist.config.reading import ConfigError, load_config
 from lora_one_dist.config.settings import Config
@@ -51,15 +55,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read(config: Config, tokenizer: Any, evaluation: bool) -> tuple[TokenData, str | list[str]]:
     """Training or evaluation data as the run reads them, and where their rows are from."""
     settings, rows = config.data, None
+    how: dict[str, Any] = {"with_encoder": _has_encoder(config), "say": command_line.tell}
     if not evaluation or settings.eval_fraction is not None:
         rows = load_rows(settings.train, settings.train_split, settings.max_train_samples)
     if not evaluation and rows is not None:
-        return training_data(rows, tokenizer, settings, say=command_line.tell), settings.train
+        return training_data(rows, tokenizer, settings, **how), settings.train
     found = evaluation_rows(settings, rows)
     if found is None:
         raise DataError("--eval: the config names no evaluation data. Give data.eval or data.eval_fraction.")
     held, numbers, source = found
-    return tokenize(held, tokenizer, settings, source, numbers, say=command_line.tell), source
+    return tokenize(held, tokenizer, settings, source, numbers, **how), source
+
+
+def _has_encoder(config: Config) -> bool:
+    """By config.json alone, without which a folder may hold a tokenizer.  Raises ModelError for what does not fit."""
+    try:
+        described, _ = PreTrainedConfig.get_config_dict(config.model.path)
+    except OSError:
+        return False
+    if not describes_encoder(described):
+        return False
+    refuse_for_one_stack(f"a {described['model_type']}", config)
+    return True
 
 
 def runs(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[tuple[bool, bool], str]]:
@@ -150,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         with writable_cache():
             tokens, source = read(config, tokenizer, arguments.eval)
-    except (ConfigError, DataError, CacheError) as error:
+    except (ConfigError, DataError, CacheError, ModelError) as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_CONFIG if isinstance(error, ConfigError) else 1
     first = range(len(tokens)) if arguments.eval else batches.epoch_order(len(tokens), config.train.seed, 0).tolist()

@@ -27,6 +27,7 @@ from lora_one_dist.base import loading
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.targets import find_targets
+from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.commands import command_line
 from lora_one_dist.config import paths
 from lora_one_dist.config.reading import ConfigError, load_config, parse_config
@@ -102,6 +103,7 @@ def folder_of(path: str) -> Path:
 def shape_of(settings: Config) -> Shape:
     """Raises model.ModelError as the run would."""
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
+    refuse_settings(skeleton, settings)
     needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)
     for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):

@@ -61,10 +61,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Group):
-    """The pre-trained causal language model; its weights stay frozen."""
+    """The pre-trained language model, causal or of an encoder and a decoder (T5); its weights stay frozen."""
 
     path: Annotated[str, AsPath]
-    """Folder of an `AutoModelForCausalLM` (config.json, *.safetensors, tokenizer), or a hub name such as org/model."""
+    """Folder of an `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` (config.json, *.safetensors, tokenizer), or a hub
+    name such as org/model."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of the base weights and of the adapters' working copies; masters and moments are always fp32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "varlen"] = "auto"
@@ -104,7 +105,8 @@ class DataConfig(Group):
     ] = "test"
     """Split of a named data set to evaluate on. Files have none."""
     format: Literal["completion", "chat", "text"] = "completion"
-    """completion: prompt and completion columns; chat: a list of {role, content} messages; text: one plain column."""
+    """completion: prompt and completion columns; chat: a list of {role, content} messages; text: one plain column.
+    Of an encoder and a decoder (T5) the one reads the prompt, the other writes the completion: completion alone."""
     prompt: Annotated[str, only_with("data.format", "completion")] = "{prompt}"
     """Template of the prompt over the row's columns (format completion), e.g. 'Q: {query}\\nA: '."""
     completion: Annotated[str, only_with("data.format", "completion")] = "{completion}"
@@ -128,8 +130,9 @@ class DataConfig(Group):
     """completion: loss on completions and assistant turns only; last (format chat): on the turns after the last user
     turn, for templates that leave out earlier thoughts; all: on every token. Format text is always all."""
     max_length: int = Field(1024, ge=2)
-    """Tokens per sample, at least 2; longer samples are cut at the end, counted and reported. For a model whose rotary
-    positions follow a batch's longest sample (LongRoPE, dynamic) no sample may be longer than its original length."""
+    """Tokens per sample, at least 2, a prompt and its completion together; longer samples are cut at the end, counted
+    and reported. For a model whose rotary positions follow a batch's longest sample (LongRoPE, dynamic) no sample may
+    be longer than its original length."""
     packing: bool = False
     """Put several samples into one row of at most max_length tokens: attention and positions start anew in each. A
     sample of the other settings is then such a row: train.global_batch_size, train.micro_batch_size, init.num_samples.

@@ -176,18 +176,24 @@ def logits(opened: Opened, base: Path | None, prompts: Sequence[str], dtype: tor
         raise ConversionError(
             f"{opened.where}: is Megatron's. Convert it with tools/megatron_to_hf.py to compare logits."
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import: only where it is needed
+    # Seconds to import: only where it is needed.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if opened.is_adapter and base is None:
         raise ConversionError(f"{opened.where}: is an adapter. Give its --base to compare logits.")
     folder = base if opened.is_adapter and base is not None else opened.where
     tokenizer = AutoTokenizer.from_pretrained(base or folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    of_two = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind: Any = AutoModelForSeq2SeqLM if of_two else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=dtype)
     if opened.is_adapter:
         model = _adapted(model, opened)
     model.eval()
     with torch.no_grad():
-        return [model(**tokenizer(prompt, return_tensors="pt")).logits[0].float() for prompt in prompts]
+        given = [dict(tokenizer(prompt, return_tensors="pt")) for prompt in prompts]
+        if of_two:  # the decoder goes on with the prompt itself
+            given = [{**one, "decoder_input_ids": one["input_ids"]} for one in given]
+        return [model(**one).logits[0].float() for one in given]
 
 
 def _adapted(model: Any, opened: Opened) -> Any:

@@ -8,6 +8,7 @@ stage keeps.  Peak memory: one tensor.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def infer_config(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str,
     usual = max(ranks.values(), key=list(ranks.values()).count, default=0)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(ranks),
         "base_model_name_or_path": None,
         "r": usual,
         "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
@@ -158,3 +159,9 @@ def infer_config(tensors: dict[str, LazyTensor], lora_alpha: float) -> dict[str,
         "bias": "all" if "bias" in biases else "none",
         "inference_mode": True,
     }
+
+
+def _task_type(layers: Iterable[str]) -> str:
+    """PEFT's name for the task: an encoder and a decoder side by side, or one stack."""
+    stacks = {part for name in layers for part in name.split(".")} & {"encoder", "decoder"}
+    return "SEQ_2_SEQ_LM" if len(stacks) == 2 else "CAUSAL_LM"

@@ -49,13 +49,20 @@ def deal(num_samples: int, micro_batch_size: int, world_size: int, rank: int) ->
 def collate(samples: Sequence[Mapping], pad_token_id: int, *, weightless: bool = False) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels: (batch, longest) int64, padded on the right.
 
+    Of samples for an encoder and a decoder (with ``encoder_length``) input_ids are the prompts and labels the
+    completions, each as wide as its longest.
+
     Of packed rows (with ``lengths``) also position_ids, from 0 in each document; the padding is documents of its own,
     none longer than the batch's longest: some models' rotary frequencies follow the largest position.
     weightless: two tokens of the first sample without a label, for a rank that only has to join the collectives.
     """
     ids, labels = ([torch.as_tensor(sample[name]).long() for sample in samples] for name in ("input_ids", "labels"))
+    if "encoder_length" in samples[0]:
+        cuts = [int(sample["encoder_length"]) for sample in samples]
+        ids = [row[:cut] for row, cut in zip(ids, cuts, strict=True)]
+        labels = [row[cut:] for row, cut in zip(labels, cuts, strict=True)]
     if weightless:
-        ids, labels = [ids[0][:2]], [torch.full_like(ids[0][:2], IGNORE_INDEX)]
+        ids, labels = [ids[0][:2]], [torch.full_like(labels[0][:2], IGNORE_INDEX)]
     columns = {"input_ids": (ids, pad_token_id), "labels": (labels, IGNORE_INDEX)}
     columns["attention_mask"] = ([torch.ones_like(row) for row in ids], 0)
     batch = {name: pad_sequence(rows, batch_first=True, padding_value=pad) for name, (rows, pad) in columns.items()}

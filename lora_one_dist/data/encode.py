@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +53,21 @@ class Read:
 class Encoder:
     """One way to make samples of rows.
 
+    For a model ``with_encoder`` a prompt and its completion each get what the tokenizer puts around a text; a sample's
+    input_ids are both, end to end, and its ``encoder_length`` says where the completion begins.
+
     Raises DataError: format chat, and the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, config: DataConfig, date: datetime.date):
+    def __init__(self, tokenizer: Any, config: DataConfig, date: datetime.date, with_encoder: bool = False):
         if config.format == "chat" and not tokenizer.chat_template:
             value = f"data.format = chat: the tokenizer {tokenizer.name_or_path} has no chat template, which it needs"
             raise DataError(f"{value}. Take the instruction-tuned model's tokenizer, or use data.format completion.")
-        self.tokenizer, self.config, self.date = tokenizer, config, date
+        self.tokenizer, self.config, self.date, self.with_encoder = tokenizer, config, date, with_encoder
         self._templates: dict[bool, Template] = {}
 
     def __reduce__(self) -> tuple[type[Encoder], tuple[Any, ...]]:
-        return Encoder, (self.tokenizer, self.config, self.date)  # compiled templates cannot travel
+        return Encoder, (self.tokenizer, self.config, self.date, self.with_encoder)  # compiled templates cannot travel
 
     def encode(self, chunk: Chunk) -> pyarrow.Table:
         """A table of the chunk's samples: input_ids, labels, and counts.  Raises RowError."""
@@ -84,6 +87,8 @@ class Encoder:
             "dropped_thoughts": [read.dropped_thoughts for read in reads],
             "control_tokens": [int(read.control_tokens) for read in reads],
         }
+        if self.with_encoder:
+            counts["encoder_length"] = counts["prompt_length"]
         return pyarrow.table(columns | {name: pyarrow.array(held, pyarrow.int64()) for name, held in counts.items()})
 
     def read(self, row: Mapping[str, Any], number: int) -> Read:
@@ -171,6 +176,8 @@ class Encoder:
 
     def _samples(self, reads: Sequence[Read]) -> list[dict[str, Any]]:
         """Ids and labels of texts, all tokenised at once."""
+        if self.with_encoder:
+            return [self._sample([*prompt, *completion], len(prompt)) for prompt, completion in self._pairs(reads)]
         special = self.config.format != "chat"  # a chat's special tokens are all in its template
         if self.config.format == "completion" and self.config.loss_on == "completion":
             ids = self.ids([text for read in reads for text in (read.text, read.prompt or "")], special)
@@ -187,6 +194,15 @@ class Encoder:
             self._sample(ids, *_borders(read.learned, ends), is_cut=is_cut)
             for read, (ids, ends, is_cut) in zip(reads, self._ids_and_ends([r.text for r in reads]), strict=True)
         ]
+
+    def _pairs(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids of prompts and of completions; tokenizers of translators put other tokens around the latter."""
+        prompts = [read.prompt or "" for read in reads]
+        completions = [read.text.removeprefix(prompt) for read, prompt in zip(reads, prompts, strict=True)]
+        options = {"return_attention_mask": False, "verbose": False}
+        written = self.tokenizer(text_target=completions, **options)["input_ids"] if reads else []
+        for prompt, completion in zip(self.ids(prompts, True), written, strict=True):
+            yield prompt or [self.tokenizer.eos_token_id], completion  # an encoder needs something to read
 
     def ids(self, texts: list[str], special: bool) -> list[list[int]]:
         """Token ids of texts, with or without the tokens that the tokenizer puts around a text."""

@@ -79,6 +79,7 @@ def tokenize(
     only: np.ndarray | None = None,
     *,
     date: datetime.date | None = None,
+    with_encoder: bool = False,
     ranks: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> TokenData:
@@ -89,6 +90,7 @@ def tokenize(
         only: numbers of the rows to take, as if there were no others; all are tokenised, so that those held out find
             theirs in the cache.
         date: for chat templates that print it; none: ``config.date``, or today.
+        with_encoder: are the samples for a model of an encoder and a decoder?
         ranks: of this host, which take a core each; the other cores tokenise (``config.workers``).
         say: is told the progress.
 
@@ -97,7 +99,7 @@ def tokenize(
     """
     from datasets import Dataset
 
-    encoder = Encoder(tokenizer, config, date or config.date or datetime.date.today())
+    encoder = Encoder(tokenizer, config, date or config.date or datetime.date.today(), with_encoder)
     _refuse_missing_columns(rows, encoder, source)
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) - ranks)
     with placing(source):
@@ -140,19 +142,20 @@ def load_eval_prompts(
     config: DataConfig,
     indices: Iterable[int],
     source: str | list[str] | None = None,
+    with_encoder: bool = False,
 ) -> list[tuple[list[int], str]]:
     """(ids of the prompt alone, as generation sees it, and text of the completion) of rows of format completion.
 
     Of a prompt of more than ``config.max_length`` tokens the last ones are kept.  Raises DataError as `tokenize`.
     """
-    encoder, prompts = Encoder(tokenizer, config, datetime.date.min), []
+    encoder, prompts = Encoder(tokenizer, config, datetime.date.min, with_encoder), []
     _refuse_missing_columns(rows, encoder, source)
     for index in indices:
         with placing(source):
             read = encoder.read(rows[index], index)
         prompt = read.prompt or ""
         ids, bare = (encoder.ids([prompt], special)[0] for special in (True, False))
-        if ids[len(ids) - len(bare) :] != bare:
+        if not with_encoder and ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
         prompts.append((ids[-config.max_length :], read.text.removeprefix(prompt)))
     return prompts

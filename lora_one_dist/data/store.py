@@ -71,6 +71,7 @@ def key(rows: Rows, encoder: Encoder) -> str:
         str(encoder.date) if "strftime_now" in str(tokenizer.chat_template) else None,
         [version(name) for name in ("transformers", "tokenizers", "jinja2")],
         code,
+        encoder.with_encoder,
     ]
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from lora_one_dist.base.blocks import stacks
+from lora_one_dist.base.blocks import blocks, has_encoder, parts, stacks
 from lora_one_dist.base.dropout import dropout_off
 from lora_one_dist.base.graph import begin_graph
 from lora_one_dist.base.loss import loss_sum
@@ -92,13 +93,13 @@ class _SaveInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, layer_input: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, layer_input: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(layer_input)
         return layer_input.view_as(layer_input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_input: torch.Tensor) -> torch.Tensor:
-        return grad_input[0]
+    def backward(ctx: Any, *grad_input: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_input[0], None
 
 
 class _OwnerSums:
@@ -209,18 +210,20 @@ def _backward_down_to(module: Any, layers: Set[nn.Module]) -> Iterator[None]:
     """Let backward end at the first transformer block that holds one of the layers: the blocks below keep nothing.
 
     transformers' hooks on the embedding start autograd's graph there; these start it at the block's input instead.
-    Layers that do not all lie in one stack of blocks leave it at the embedding.
+    Layers that do not all lie in one stack of blocks, or in an encoder's and its decoder's, leave it at the embedding.
     """
-    stack: list[Any] = next((list(s) for s in stacks(module) if layers <= set(s.modules())), [])
-    below = list(takewhile(lambda block: not layers & set(block.modules()), stack))
+    below = _below(module, layers)
     if not below:
         yield
         return
     was_on = [getattr(block, "gradient_checkpointing", False) for block in below]
-    handles = [
-        module.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: output.detach()),
-        below[-1].register_forward_hook(_start_graph),
-    ]
+    if has_encoder(module):
+        handles = _begin_above(module, below)
+    else:
+        handles = [
+            module.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: output.detach()),
+            below[-1].register_forward_hook(_start_graph),
+        ]
     try:
         for block in below:
             block.gradient_checkpointing = False  # without a graph there is nothing to recompute
@@ -232,12 +235,40 @@ def _backward_down_to(module: Any, layers: Set[nn.Module]) -> Iterator[None]:
             block.gradient_checkpointing = on
 
 
+def _below(module: Any, layers: Set[nn.Module]) -> list[Any]:
+    """The blocks that a forward pass runs before the first that holds one of the layers."""
+    if has_encoder(module):
+        sequences = [[block for part in parts(module) for block in blocks(part)]]
+    else:
+        sequences = [list(stack) for stack in stacks(module)]
+    sequence = next((s for s in sequences if layers <= {m for block in s for m in block.modules()}), [])
+    return list(takewhile(lambda block: not layers & set(block.modules()), sequence))
+
+
+def _begin_above(module: Any, below: Sequence[nn.Module]) -> list[Any]:
+    """Hooks that let no graph into these blocks of an encoder and its decoder, and begin one above those of each.
+
+    Where none of the encoder's blocks is left it begins at their end, for the decoder's layers that read it.
+    """
+    handles = [block.register_forward_pre_hook(_without_graph, with_kwargs=True) for block in below]
+    for part in parts(module):
+        last = [block for block in blocks(part) if block in below][-1:]
+        handles += [block.register_forward_hook(_start_graph) for block in last]
+    return handles
+
+
+def _without_graph(block: nn.Module, inputs: Any, settings: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, (inputs, settings))
+
+
 def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
     begin_graph(output if isinstance(output, torch.Tensor) else output[0])
 
 
 def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return _SaveInput.apply(inputs[0])
+    """An input outside the graph, as of a second call on positions alone, has a part in the gradient too."""
+    begins = torch.is_grad_enabled() and not inputs[0].requires_grad
+    return _SaveInput.apply(inputs[0], torch.empty(0, requires_grad=True) if begins else None)
 
 
 def _capture_hook(sink: Callable[..., None]) -> Callable[..., None]:

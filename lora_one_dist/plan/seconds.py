@@ -55,8 +55,8 @@ def needed_operations(shape: Shape, tokens: int, pairs: int) -> tuple[float, flo
 
     Nothing that is computed again counts, nor what the adapters add.  ``pairs``: sum of the documents' squared lengths.
     """
-    products = 4.0 * tokens * (shape.parameters - shape.lookup_only)
-    return products, products + 6.0 * pairs * shape.queries * shape.layers  # 2 + 4 forward and back, halved, twice
+    products, attention = 4.0 * tokens * shape.passed, 6.0 * pairs * shape.queries * shape.passed_layers
+    return products, products + attention  # 2 + 4 forward and back, halved, twice
 
 
 def _passes_of_step(config: Config, cluster: Cluster) -> int:

@@ -7,13 +7,13 @@ parameters.  All of the room is pure, reads no weight and is not collective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lora_one_dist.base.blocks import blocks
+from lora_one_dist.base.blocks import blocks, has_encoder, parts
 from lora_one_dist.base.recompute import most_blocks
 from lora_one_dist.base.targets import LINEAR, Target
 from lora_one_dist.cluster import ownership
@@ -31,6 +31,10 @@ class Shape:
     largest_block: int
     lookup_only: int
     """In the embedding, unless the output head multiplies by it too."""
+    passed: int
+    """What a token is multiplied by: all but ``lookup_only``, or what the smaller of an encoder and a decoder has, of
+    which it passes one; ``passed_layers``: through how many blocks."""
+    passed_layers: int
     recomputed: int
     """In the blocks that may run again in backward: all but the last; ``recomputable``: how many these are."""
     recomputable: int
@@ -84,17 +88,22 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
     heads = _largest(config, "num_attention_heads") or 1
     head_size = _largest(config, "head_dim") or hidden // heads
     queries, keys = heads * head_size, (_largest(config, "num_key_value_heads") or heads) * head_size
+    lookup_only = 0 if head is embedding else embedding.numel()
+    two = parts(skeleton) if has_encoder(skeleton) else ()
+    passed = [sum(p.numel() for block in blocks(part) for p in block.parameters()) for part in two]
     return Shape(
         parameters=sum(sizes),
         persistent=sum(size for size in sizes if size < persistence_threshold),
         largest_tensor=max(sizes),
         largest_block=max(block_sizes, default=max(sizes)),
-        lookup_only=0 if head is embedding else embedding.numel(),
+        lookup_only=lookup_only,
+        passed=min(passed, default=sum(sizes) - lookup_only),
+        passed_layers=min((len(blocks(part)) for part in two), default=len(block_sizes)),
         recomputed=sum(block_sizes[:-1]),
         recomputable=most_blocks(skeleton),
         last_linear=sum(layers[-1].weight.numel() for layers in linear if layers),
         hidden=hidden,
-        intermediate=_largest(config, "intermediate_size") or 4 * hidden,
+        intermediate=_largest(config, "intermediate_size") or _widest(two) or 4 * hidden,
         norms=_norms(next(iter(blocks(skeleton)), skeleton), head_size, queries, keys),
         heads=heads,
         queries=queries,
@@ -113,6 +122,12 @@ def _largest(config: Any, name: str) -> int:
     except RuntimeError:  # transformers 5.23, of a config whose layers differ: Gemma 4's heads
         value = [getattr(layer, name, None) for layer in config.per_layer_config]
     return max((each or 0 for each in value), default=0) if isinstance(value, list | tuple) else value or 0
+
+
+def _widest(stacks: Iterable[nn.Module]) -> int:
+    """What the widest layer in the blocks gives out: the feed-forward network's, whatever the config calls it."""
+    layers = (layer for stack in stacks for block in blocks(stack) for layer in block.modules())
+    return max((layer.weight.shape[0] for layer in layers if isinstance(layer, nn.Linear)), default=0)
 
 
 def _norms(block: nn.Module, head_size: int, queries: int, keys: int) -> int:

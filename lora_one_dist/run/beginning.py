@@ -13,6 +13,7 @@ from lora_one_dist.adapters import folder as adapter_files
 from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
+from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
 from lora_one_dist.data import batches
@@ -63,8 +64,10 @@ def begin(
     if config.changes_base:  # as set, kept on the host of the one rank that exports
         initial = {a.target.name: (a.A.detach().cpu().clone(), a.B.detach().cpu().clone()) for a in adapters}
         initial = initial if record.writes else {}
-    _report(config, read.plan.targets, record, result, losses, samples, adapters, initial)
-    return Trained(adapters, initial, optim.LayerShardedOptimizer(adapters, config.optim), before)
+    optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
+    trained = Trained(adapters, initial, optimizer, before, task_type(read.plan.skeleton))
+    _report(config, read.plan.targets, record, result, losses, samples, trained)
+    return trained
 
 
 def go_on(
@@ -95,7 +98,7 @@ def go_on(
     record.say(f"going on from {found.folder}, which {writers} ranks have written")
     if config.lora.dropout > 0 and writers != comm.world_size():
         record.say(f"dropout draws other masks on {comm.world_size()} ranks than on {writers}")
-    return Trained(adapters, initial, optimizer, before)
+    return Trained(adapters, initial, optimizer, before, task_type(read.plan.skeleton))
 
 
 def _init_batch(config: Config, tokens: TokenData, pad_token_id: int) -> tuple[list[dict[str, Any]], Batch]:
@@ -154,8 +157,7 @@ def _report(
     result: pairs.Initialisation,
     losses: tuple[float, float],
     samples: Sequence[Mapping[str, Any]],
-    adapters: Sequence[Adapter],
-    initial: pairs.Pairs | None,
+    trained: Trained,
 ) -> None:
     """Say what the initialisation found, and write it and the initial adapter.  Collective."""
     method, target_tokens = config.init.method, sum(sample["num_targets"] for sample in samples)
@@ -164,7 +166,8 @@ def _report(
         record.say(line)
     with comm.all_or_none("writing the initial adapter and its report"):
         if record.writes:
-            adapter_files.export(record.root / "adapter_init", config, adapters, targets, initial)
+            given = trained.initial, trained.task_type
+            adapter_files.export(record.root / "adapter_init", config, trained.adapters, targets, *given)
             about = {"loss_before": losses[0], "loss_after": losses[1], "target_tokens": target_tokens}
             record.write_json("init_report.json", {"method": method, **about, "layers": result.rows})
             metrics.plot_report(result.rows, record.root / "init_report.png", config.lora.r)

@@ -14,10 +14,12 @@ from typing import Any
 
 from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
+from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
 from lora_one_dist.base.rope import refuse_beyond
 from lora_one_dist.base.skeleton import check_tokenizer, local_folder
+from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
 from lora_one_dist.data import batches
@@ -58,6 +60,7 @@ def read(config: Config) -> Inputs:
         needed = pairs.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
         plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)
         loading.check_loadable(plan, config.deepspeed.shard_group)
+        refuse_settings(plan.skeleton, config)
         tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
         check_tokenizer(plan.skeleton, tokenizer)
         if config.model.attn_implementation == varlen.NAME:
@@ -71,7 +74,7 @@ def read(config: Config) -> Inputs:
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
     with comm.all_or_none("tokenizing the data"):
         with comm.local_first(), writable_cache():
-            train = training_data(rows, tokenizer, config.data, **_how())
+            train = training_data(rows, tokenizer, config.data, **_how(plan))
         _refuse_long_samples(config, plan, train, "training")
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
@@ -93,18 +96,19 @@ def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: A
     rows, numbers, source = found
     with comm.all_or_none("tokenizing the evaluation data"):
         with comm.local_first(), writable_cache():
-            tokens = tokenize(rows, tokenizer, config.data, source, numbers, **_how())
+            tokens = tokenize(rows, tokenizer, config.data, source, numbers, **_how(plan))
         answered = numbers[: config.train.exact_match_samples].tolist()
         _refuse_long_samples(config, plan, tokens, "evaluation")
-        prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source)
+        prompts = load_eval_prompts(rows, tokenizer, config.data, answered, source, has_encoder(plan.skeleton))
         _refuse_long_answers(config, plan, prompts)
         evaluate.refuse_unmatched(config.train.exact_match_pattern, prompts, answered, source)
     return evaluate.Held(tokens, prompts, tokenizer)
 
 
-def _how() -> dict[str, Any]:
-    """To tokenise on the cores that the host's ranks leave, and tell on rank 0 how far it is."""
-    return {"ranks": len(comm.here().host_ranks), "say": partial(print, flush=True) if comm.rank() == 0 else None}
+def _how(plan: loading.Plan) -> dict[str, Any]:
+    """To tokenise for this model, on the cores that the host's ranks leave, and tell on rank 0 how far it is."""
+    say = partial(print, flush=True) if comm.rank() == 0 else None
+    return {"with_encoder": has_encoder(plan.skeleton), "ranks": len(comm.here().host_ranks), "say": say}
 
 
 def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:

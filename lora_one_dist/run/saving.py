@@ -53,6 +53,8 @@ class Trained:
     optimizer: optim.LayerShardedOptimizer
     before: dict[str, float]
     """Evaluation of the base alone."""
+    task_type: str = "CAUSAL_LM"
+    """PEFT's name for what the model is trained on."""
 
 
 class Saving:
@@ -85,7 +87,10 @@ class Saving:
         began = time.monotonic()
         files = {}
         if self.record.writes:
-            files = adapter_files.encode(self.config, self.trained.adapters, self.targets, self.trained.initial)
+            trained = self.trained
+            files = adapter_files.encode(
+                self.config, trained.adapters, self.targets, trained.initial, trained.task_type
+            )
         state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
         state |= {"before": self.trained.before, "versions": metrics.versions()}
         state["metrics_bytes"] = self.record.size_bytes()
@@ -114,9 +119,9 @@ class Saving:
 
         def write() -> None:
             if self.record.writes and summary["steps"] > 0:
-                trained = self.trained
-                folder = self.record.root / "adapter"
-                adapter_files.export(folder, self.config, trained.adapters, self.targets, trained.initial)
+                trained, folder = self.trained, self.record.root / "adapter"
+                given = trained.initial, trained.task_type
+                adapter_files.export(folder, self.config, trained.adapters, self.targets, *given)
             self.record.write_json("summary.json", summary)
 
         tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lora_one_dist.base import varlen
+from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.cluster import comm
@@ -63,16 +64,23 @@ def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, 
 def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> float:
     """Share of held-out prompts whose greedy answer equals the reference's, in [0, 1]."""
     pattern, tokenizer = config.train.exact_match_pattern, held.tokenizer
+    of_two = has_encoder(base.module)  # then padded as in training, and what is written has no prompt in front
+    how: dict[str, Any] = {"num_beams": 1} if of_two else {}  # some bring another number, and answers are greedy
+
+    def beside(pads: list[int], real: list[int]) -> list[int]:
+        return real + pads if of_two else pads + real
+
     right = torch.zeros((), dtype=torch.float64)
     dealt = batches.deal(len(held.prompts), GENERATION_BATCH, comm.world_size(), comm.rank())
     for done, positions in enumerate(dealt, start=1):
         asked = [held.prompts[i] for i in positions or [0]]
         width = max(len(ids) for ids, _ in asked)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids, _ in asked])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in asked])
+        ids = torch.tensor([beside([tokenizer.pad_token_id] * (width - len(ids)), ids) for ids, _ in asked])
+        mask = torch.tensor([beside([0] * (width - len(ids)), [1] * len(ids)) for ids, _ in asked])
         written = base.module.generate(
             input_ids=ids.to(comm.device()),
             attention_mask=mask.to(comm.device()),
+            **how,
             max_new_tokens=config.train.exact_match_max_new_tokens,
             do_sample=False,
             use_cache=True,
@@ -82,7 +90,7 @@ def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> 
             # transformers does not know of our partitioning: ranks that finish early must keep gathering.
             synced_gpus=base.partitioned and comm.world_size() > 1,
         )
-        texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(written if of_two else written[:, width:], skip_special_tokens=True)
         if positions:
             answers = zip(texts, (reference for _, reference in asked), strict=True)
             right += sum(_answer(text, pattern) == _answer(reference, pattern) for text, reference in answers)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import BertConfig, MixtralConfig, T5Config
+from transformers import BertConfig, DistilBertConfig, MixtralConfig, WhisperConfig
 
 from lora_one_dist.base import loading
 from lora_one_dist.cluster import comm
@@ -554,11 +554,14 @@ MODEL = {
         remote_tokenizer,
         ["model.path = base: its tokenizer is Python code", "model.trust_remote_code = false", "Read the code"],
     ),
-    "encoder and decoder": (
-        replaced(model_type="bart", is_encoder_decoder=True),
-        ["model_type = 'bart' has an encoder and a decoder", "Give a causal language model"],
+    "encoder of sound": (
+        replaced(**WhisperConfig().to_dict()),
+        ["model_type = 'whisper' has an encoder that does not read text alone", "Give a causal language model"],
     ),
-    "T5": (replaced(**T5Config().to_dict()), ["model_type = 't5' has no causal language model", "Give a causal"]),
+    "encoder alone": (
+        replaced(**DistilBertConfig().to_dict()),
+        ["model_type = 'distilbert' has no causal language model", "Give a causal"],
+    ),
     "sees what it predicts": (
         replaced(**BertConfig(**TINY).to_dict()),
         ["model_type = 'bert' sees the tokens that it is to predict", "Give a causal language model"],
