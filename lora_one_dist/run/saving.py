@@ -50,6 +50,7 @@ class Trained:
     adapters: list[Adapter]
     initial: Pairs | None
     """A0 and B0 as set where the method changed the base, on the rank that writes; {} on the others."""
+    beside: adapter_files.Beside
     optimizer: optim.LayerShardedOptimizer
     before: dict[str, float]
     """Evaluation of the base alone."""
@@ -85,7 +86,8 @@ class Saving:
         began = time.monotonic()
         files = {}
         if self.record.writes:
-            files = adapter_files.encode(self.config, self.trained.adapters, self.targets, self.trained.initial)
+            now = self.trained
+            files = adapter_files.encode(self.config, now.adapters, self.targets, now.initial, now.beside)
         state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
         state |= {"before": self.trained.before, "versions": metrics.versions()}
         state["metrics_bytes"] = self.record.size_bytes()
@@ -114,9 +116,8 @@ class Saving:
 
         def write() -> None:
             if self.record.writes and summary["steps"] > 0:
-                trained = self.trained
-                folder = self.record.root / "adapter"
-                adapter_files.export(folder, self.config, trained.adapters, self.targets, trained.initial)
+                now, folder = self.trained, self.record.root / "adapter"
+                adapter_files.export(folder, self.config, now.adapters, self.targets, now.initial, now.beside)
             self.record.write_json("summary.json", summary)
 
         tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1
