@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors.torch import save
 
 from lora_one_dist.adapters import peft_format, peft_settings
 from lora_one_dist.adapters.lora import Adapter, peft_config
-from lora_one_dist.adapters.peft_format import PREFIX
+from lora_one_dist.adapters.peft_format import PREFIX, TOKENS
+from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.base.targets import Target
 from lora_one_dist.config.settings import Config, LoraConfig
 from lora_one_dist.disk import folders
@@ -34,20 +36,55 @@ class AdapterError(ValueError):
     """A PEFT folder that does not fit the run: value, rule, remedy."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What an adapter's folder holds beside pairs: trained tables, and the tokenizer where it has new tokens."""
+
+    tables: Sequence[TrainedTable] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    task_type: str = "CAUSAL_LM"
+    """PEFT's name for what the model is trained on."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """PEFT's for these.  Full names: endings could name a tower's too."""
+        rows = {t.plan.modules[0]: list(t.plan.new) for t in self.tables if not t.plan.whole}
+        whole = [table.plan.modules for table in self.tables if table.plan.whole]
+        changes: dict[str, Any] = {"task_type": self.task_type}
+        if rows:
+            changes["trainable_token_indices"] = rows
+        if whole:
+            changes |= {"modules_to_save": [names[0] for names in whole], "ensure_weight_tying": len(whole[0]) > 1}
+        return changes
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tables by PEFT's names: whole ones that are tied under both."""
+        found = {}
+        for table in self.tables:
+            whole, names = table.plan.whole, table.plan.modules
+            for name in names if whole else names[:1]:
+                found[f"{PREFIX}{name}.{'weight' if whole else TOKENS}"] = table.weight.detach().cpu().clone()
+        return found
+
+
+NOTHING = Beside()
+
+
 def export(
     folder: Path,
     config: Config,
     adapters: Sequence[Adapter],
     targets: Sequence[Target],
     initial: Pairs | None,
-    task_type: str = "CAUSAL_LM",
+    beside: Beside = NOTHING,
 ) -> None:
     """Write the adapters as they are now, in place of an older folder of that name.  Call on one rank.
 
     Args:
-        initial, task_type: as in :func:`encode`.
+        initial, beside: as in :func:`encode`.
     """
-    folders.replace(folder, encode(config, adapters, targets, initial, task_type))
+    folders.replace(folder, encode(config, adapters, targets, initial, beside))
 
 
 def encode(
@@ -55,7 +92,7 @@ def encode(
     adapters: Sequence[Adapter],
     targets: Sequence[Target],
     initial: Pairs | None,
-    task_type: str = "CAUSAL_LM",
+    beside: Beside = NOTHING,
 ) -> dict[str, bytes]:
     """The files of a PEFT folder, by name, with the adapters as they are now.
 
@@ -63,24 +100,29 @@ def encode(
         initial: A0, B0 as set, for methods that changed the base: the export then has rank 2r and fp32,
             ``lora_A = [A; A0]``, ``lora_B = [B | -B0]``, and the same scale s, so that it holds on the untouched base:
             ``W + s (B A - B0 A0)``.  None for methods that did not.
-        task_type: PEFT's name for what the model is trained on.
     """
     lora = config.lora
     if initial is None:
         pairs = {a.target.name: (a.A.detach(), a.B.detach()) for a in adapters}
-        return encode_pairs(peft_config(lora, targets, config.model.path, task_type=task_type), pairs, targets)
+        described = peft_config(lora, targets, config.model.path, **beside.settings)
+        return {**beside.files, **encode_pairs(described, pairs, targets, beside.tensors)}
     pairs = {}
     for a in adapters:
         # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
         A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
         pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
-    description = peft_config(lora, targets, config.model.path, times=2, task_type=task_type)
-    return encode_pairs(description, pairs, targets)
+    described = peft_config(lora, targets, config.model.path, times=2, **beside.settings)
+    return {**beside.files, **encode_pairs(described, pairs, targets, beside.tensors)}
 
 
-def encode_pairs(description: PeftLoraConfig, pairs: Pairs, targets: Sequence[Target]) -> dict[str, bytes]:
+def encode_pairs(
+    description: PeftLoraConfig,
+    pairs: Pairs,
+    targets: Sequence[Target],
+    tables: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, bytes]:
     """The files of a PEFT folder, every shape checked."""
-    tensors = {}
+    tensors = dict(tables or {})
     ranks = {"r": description.r, "rank_pattern": description.rank_pattern}
     for target in targets:
         A, B = pairs[target.name]

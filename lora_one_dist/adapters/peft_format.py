@@ -63,6 +63,11 @@ class Rows:
     values: LazyTensor
     """(number of tokens, n)."""
 
+    def grown(self, rows: int) -> int:
+        """Rows of an embedding with so many once it has these: more where all behind its last are among them."""
+        behind = {token for token in self.tokens if token >= rows}
+        return rows + len(behind) if behind == set(range(rows, rows + len(behind))) else rows
+
 
 @dataclass(frozen=True)
 class Adapter:

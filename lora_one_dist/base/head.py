@@ -10,12 +10,14 @@ logits is known: nothing, a soft cap, a factor.  The first pass of each model sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from lora_one_dist.base.products import weight_gradient
 
 LOSS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of logits in fp32 at one time: what caches like; large products
 TAIL_COPIES = 4  # of the logits, by autograd's way through a tail
@@ -90,8 +92,8 @@ def count_rows(inputs: Mapping[str, Any]) -> int:
 
 
 def _is_plain(head: Any) -> bool:
-    """Is it a frozen layer without an adapter?"""
-    return isinstance(head, nn.Linear) and not head.weight.requires_grad
+    """Is it a frozen layer without an adapter or rows of its own?"""
+    return isinstance(head, nn.Linear) and not isinstance(head, RowsHead) and not head.weight.requires_grad
 
 
 def _equal(expected: torch.Tensor, logits: torch.Tensor) -> bool:
@@ -198,3 +200,79 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_output[0]), None, None, None, None, None  # by 1, where the loss is differentiated
+
+
+class RowsHead(nn.Linear):
+    """A frozen head without a bias, of whose logits some are of trained rows: in the places of its own, or behind."""
+
+    rows: nn.Parameter
+    """(k, h)."""
+    tokens: torch.Tensor
+    """(k,): their ids, ascending; ``inside`` those that it has a logit of its own for."""
+    inside: torch.Tensor
+
+    @classmethod
+    def put(cls, head: Any, rows: nn.Parameter, tokens: Sequence[int], old: int, words: int) -> None:
+        """Let a plain head with ``old`` logits be one with ``words``."""
+        head.register_parameter("rows", rows)
+        head.register_buffer("tokens", torch.tensor(tokens, device=rows.device), persistent=False)
+        head.register_buffer("inside", head.tokens[head.tokens < old], persistent=False)
+        head.out_features = words
+        head.__class__ = cls
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _RowsProduct.apply(input, self.rows, self)
+
+
+class _RowsProduct(torch.autograd.Function):
+    """Logits (..., V) of hidden states (..., h).  The rows' gradient is added to their ``main_grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, rows: nn.Parameter, head: RowsHead) -> torch.Tensor:
+        ctx.head = head
+        ctx.save_for_backward(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = flat.new_empty(flat.shape[0], head.out_features)
+        torch.mm(flat, head.weight.T, out=logits[:, : head.weight.shape[0]])
+        logits[:, head.tokens] = flat @ rows.T
+        return logits.view(*hidden.shape[:-1], head.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        head, (hidden,) = ctx.head, ctx.saved_tensors
+        of_rows, of_base = grads[0][..., head.tokens], grads[0][..., : head.weight.shape[0]]
+        if head.inside.numel():
+            of_base = of_base.clone()
+            of_base[..., head.inside] = 0
+        if ctx.needs_input_grad[1]:
+            _add_gradient(head.rows, of_rows, hidden)
+        return of_base @ head.weight + of_rows @ head.rows, None, None
+
+
+class WholeHead(nn.Linear):
+    """A head without a bias that is trained: its gradient goes straight into its ``main_grad``."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _WholeProduct.apply(input, self.weight)
+
+
+class _WholeProduct(torch.autograd.Function):
+    """Logits (..., V) of hidden states (..., h).  Autograd's own would make the gradient of all V h weights first."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(hidden)
+        return hidden @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.needs_input_grad[1]:
+            _add_gradient(ctx.weight, grads[0], *ctx.saved_tensors)
+        return grads[0] @ ctx.weight, None
+
+
+def _add_gradient(weight: Any, grad_output: torch.Tensor, layer_input: torch.Tensor) -> None:
+    """To the weight's ``main_grad``."""
+    weight_gradient(grad_output, layer_input, weight.main_grad)
+    weight.grad_added_to_main_grad = True

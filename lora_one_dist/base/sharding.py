@@ -55,6 +55,7 @@ coordinator.get_all_parameters = _partitioned_parameters
 REUSE_DISTANCE = 10**9  # DeepSpeed's default of stage3_max_reuse_distance
 LIVE_BLOCKS = 2  # the one at work and the one fetched ahead; without a limit backward fetches two for each
 SLAB_BYTES = 16 * 2**20  # of one tensor worked on at a time while loading or compensating
+MEAN_ELEMENT = 32  # bytes that an element of a mean counts for: smaller slabs, as they are copied to fp64
 
 
 class _UnfilledInit(deepspeed.zero.Init):
@@ -109,6 +110,11 @@ class Base:
             return
         with deepspeed.zero.GatheredParameters(list(parameters)):
             yield
+
+    def forget(self, parameter: Any) -> None:
+        """Free what this rank holds of a parameter that no module has any more: DeepSpeed keeps a list of all."""
+        if self.engine is not None:
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
 def accelerator() -> str:
@@ -341,3 +347,14 @@ def _add_rows(flat: torch.Tensor, start: int, B: torch.Tensor, A: torch.Tensor, 
         part.copy_(exact)
         squared_error += float((part.float() - exact).double().square().sum())
     return squared_error
+
+
+def mean_row(base: Base, weight: Any, count: int, width: int) -> torch.Tensor:
+    """Mean of the first ``count`` rows of a table (rows, width), fp64, each rank adding what it holds.  Collective."""
+    own, start = _own_range(weight)
+    total = torch.zeros(width, dtype=torch.float64)
+    for top, bottom, first, last in _slabs(start, min(start + own.numel(), count * width), width, MEAN_ELEMENT):
+        rows = torch.zeros((bottom - top) * width, dtype=torch.float64)
+        rows[first - top * width : last - top * width].copy_(own[first - start : last - start])
+        total += rows.view(-1, width).sum(0)
+    return comm.all_sum(total) / (count * base.copies)

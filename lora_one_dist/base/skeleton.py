@@ -157,14 +157,3 @@ def _snapshot(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
             "name, the network and your login, or give a folder."
         ) from error
     return folder
-
-
-def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Raise ModelError if the tokenizer can produce an id that the model has no embedding for.  Pure."""
-    largest = max(tokenizer.get_vocab().values())
-    rows = model.get_input_embeddings().num_embeddings
-    if largest >= rows:
-        raise ModelError(
-            f"model.path: the tokenizer's largest id is {largest}, the model has {rows} embeddings. Use the tokenizer "
-            "that the model was trained with."
-        )

@@ -33,7 +33,7 @@ from lora_one_dist.data.errors import DataError
 from lora_one_dist.data.rows import load_rows, place_of
 from lora_one_dist.data.samples import TokenData, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
-from lora_one_dist.data.tokenizer import load_tokenizer
+from lora_one_dist.data.tokenizer import add_tokens, load_tokenizer
 
 EXIT_BAD_CONFIG = 2
 PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides, command_line.tell)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        add_tokens(tokenizer, config.lora.new_tokens or [])
         with writable_cache():
             tokens, source = read(config, tokenizer, arguments.eval)
     except (ConfigError, DataError, CacheError, ModelError) as error:

@@ -26,6 +26,7 @@ import yaml
 from lora_one_dist.base import loading
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
+from lora_one_dist.base.tables import plan_tables
 from lora_one_dist.base.targets import find_targets
 from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.commands import command_line
@@ -108,7 +109,9 @@ def shape_of(settings: Config) -> Shape:
     targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)
     for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):
         command_line.tell(note)
-    return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold)
+    rows = skeleton.get_input_embeddings().num_embeddings
+    tables = plan_tables(skeleton, settings.lora, targets, range(rows, rows + len(settings.lora.new_tokens or ())))
+    return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold, tables)
 
 
 def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> list[str]:

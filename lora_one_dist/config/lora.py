@@ -71,6 +71,12 @@ class LoraConfig(Group):
     first that matches counts."""
     alpha_pattern: dict[Expression, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Another alpha, above 0, for layers, as in rank_pattern."""
+    new_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Tokens to add to the tokenizer, e.g. ["<think>", "</think>"], of which embedding and head train a row each, from
+    the mean of the old ones; so they do, unasked, of tokens that the tokenizer has and the model has not."""
+    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = None
+    """Tables to train whole, all rows: the embedding, the output head, or both, e.g. [embed_tokens, lm_head], by
+    endings of their names. Tied ones are trained as one."""
 
     def scale(self, r: int, alpha: float) -> float:
         """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""

@@ -128,7 +128,8 @@ def _merged(name: str, base: LazyTensor, adapter: Adapter, device: torch.device 
     if biased is not None:
         return LazyTensor(base.dtype, tensor.shape, lambda: merged_bias(tensor.read(), biased))
     if rows is not None:
-        return LazyTensor(base.dtype, tensor.shape, lambda: _with_rows(tensor.read(), rows))
+        shape = (rows.grown(tensor.shape[0]), *tensor.shape[1:])
+        return LazyTensor(base.dtype, shape, lambda: _with_rows(tensor.read(), rows))
     return tensor
 
 
@@ -141,6 +142,8 @@ def _replaced(name: str, base: LazyTensor, adapter: Adapter) -> LazyTensor:
 
 
 def _with_rows(weight: torch.Tensor, rows: Rows) -> torch.Tensor:
+    more = rows.grown(weight.shape[0]) - weight.shape[0]
+    weight = torch.cat([weight, weight.new_empty(more, *weight.shape[1:])]) if more else weight
     weight[rows.tokens] = rows.values.read().to(weight.dtype)
     return weight
 
@@ -195,7 +198,7 @@ def _refuse_other_model(base: Path, shards: Shards, adapter: Adapter) -> None:
         problems += _layer_misfits(name, shapes[name], adapter)
     for name in adapter.rows.keys() & shapes.keys():
         last, values = max(adapter.rows[name].tokens, default=0), adapter.rows[name].values
-        if last >= shapes[name][0] or values.shape[1:] != shapes[name][1:]:
+        if last >= adapter.rows[name].grown(shapes[name][0]) or values.shape[1:] != shapes[name][1:]:
             trained = f"the adapter's rows {values.shape} of tokens up to {last}"
             problems.append(f"{name} is {shapes[name]}, {trained} (resize the base first)")
     if not problems:

@@ -6,6 +6,7 @@ adapter tells apart has a tensor of its own, and ``vocab_size`` is what the adap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def resize(base: str, shards: Shards, config: dict[str, Any], adapter: Adapter, 
         for name, tensor in adapter.replaced.items()
         if name in held and is_resized(name, held[name], tensor.shape)
     }
+    resized |= {name: more for name, more in _grown(adapter, held).items() if more > held[name][0]}
     if not resized:
         return config
     first = next(iter(resized))
@@ -100,6 +102,11 @@ def resize(base: str, shards: Shards, config: dict[str, Any], adapter: Adapter, 
     return _with_vocab_size(config, before, after)
 
 
+def _grown(adapter: Adapter, held: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Rows of the embeddings of which the adapter has trained tokens."""
+    return {name: rows.grown(held[name][0]) for name, rows in adapter.rows.items() if name in held}
+
+
 def is_resized(name: str, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Are these the shapes of one embedding with another number of tokens?  Pure."""
     return _is_embedding(name) and before != after and before[1:] == after[1:]
@@ -112,7 +119,7 @@ def refuse_longer_tokenizer(folder: Path, shards: Shards, adapter: Adapter) -> N
     embedding = next((name for name in held if _is_embedding(name)), None)
     if embedding is None or not path.is_file():
         return
-    rows = adapter.vocabulary or held[embedding][0]
+    rows = adapter.vocabulary or _grown(adapter, held).get(embedding) or held[embedding][0]
     content = read_json(path)
     known = (content.get("model") or {}).get("vocab") or {}
     numbers = [*(known.values() if isinstance(known, dict) else range(len(known)))]  # Unigram has a list

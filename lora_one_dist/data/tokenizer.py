@@ -1,7 +1,10 @@
-"""The tokenizer of a model, with something to pad with."""
+"""The tokenizer of a model, with something to pad with, and with new tokens."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_one_dist.data.errors import DataError
@@ -31,3 +34,32 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         raise DataError(f"model.path = {path}: has no pad, eos or unk token to pad with. {remedy}, with one of them.")
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add tokens to a tokenizer; returns their ids.
+
+    Raises DataError: it has one of them, or gives one an id that is another's.
+    """
+    before = tokenizer.get_vocab()
+    known = [token for token in tokens if token in before]
+    if known or len(set(tokens)) < len(tokens):
+        twice = known or [token for token in tokens if list(tokens).count(token) > 1]
+        rule = "the tokenizer has it already" if known else "it is named twice"
+        raise DataError(f"lora.new_tokens = {list(tokens)}: {twice[0]!r} is not new: {rule}. Leave it out.")
+    tokenizer.add_tokens(list(tokens))
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    taken = set(before.values()) & set(ids)
+    if taken or len(set(ids)) < len(ids):
+        raise DataError(
+            f"lora.new_tokens = {list(tokens)}: the tokenizer gives them the ids {ids}, which other tokens have. Add "
+            "them to the tokenizer yourself, save it beside the model, and leave new_tokens out."
+        )
+    return ids
+
+
+def saved(tokenizer: Any) -> dict[str, bytes]:
+    """The files that ``save_pretrained`` writes, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

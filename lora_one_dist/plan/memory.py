@@ -19,6 +19,9 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``pairs``        4 sum(r (m + n)): the adapters to be, on every rank from the broadcast on
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
+- ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
+                   ``table gradient``: e V h of a whole embedding, where backward ends; ``table update``: what is
+                   sent of one table
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from typing import Any
 from lora_one_dist.base.head import LOSS_BYTES
 from lora_one_dist.base.recompute import blocks_asked
 from lora_one_dist.base.sharding import REUSE_DISTANCE, SLAB_BYTES, with_fetch_sizes
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
+from lora_one_dist.cluster.hierarchy import EXCHANGE_BYTES
 from lora_one_dist.config.settings import COMPENSATED_METHODS, GRADIENT_METHODS, Config
 from lora_one_dist.initialise.gradient import IN_FLIGHT
 from lora_one_dist.initialise.pairs import singular_vectors_needed
@@ -64,6 +69,8 @@ def gathered(shape: Shape, zero: Mapping[str, Any]) -> tuple[int, int]:
     """
     zero = with_fetch_sizes(zero, shape.largest_block)
     kept, head = kept_gathered(shape, zero), shape.vocabulary * shape.hidden
+    if shape.trained_head is not None and shape.trained_head.whole:
+        head = 0
     bucket, live = int(zero["stage3_prefetch_bucket_size"]), int(zero["stage3_max_live_parameters"])
 
     def with_ahead(whole: int) -> int:
@@ -73,10 +80,24 @@ def gathered(shape: Shape, zero: Mapping[str, Any]) -> tuple[int, int]:
     return min(most, with_ahead(kept + head)), min(most, with_ahead(max(kept, shape.largest_block)) + head)
 
 
+def _loss_bytes(cluster: Cluster) -> int:
+    return LOSS_BYTES["cuda" if cluster.backend == "nccl" else "cpu"]
+
+
 def logits_bytes(shape: Shape, config: Config, cluster: Cluster, tokens: int) -> int:
     """Of the rows whose loss is taken at one time: scores in fp32; in bf16 beside them logits and their gradient."""
-    limit = LOSS_BYTES["cuda" if cluster.backend == "nccl" else "cpu"]
-    return min(limit, 4 * tokens * shape.vocabulary) * (2 if element_bytes(config) < 4 else 1)
+    return min(_loss_bytes(cluster), 4 * tokens * shape.vocabulary) * (2 if element_bytes(config) < 4 else 1)
+
+
+def all_logits_bytes(table: Table, config: Config, cluster: Cluster, tokens: int) -> int:
+    """Of a head of which rows are trained: all logits, which become their gradient, and in bf16 a few in fp32.
+
+    Of tokens that the base has rows for, a copy of the gradient without them goes to the base's product.
+    """
+    e = element_bytes(config)
+    pieces = min(_loss_bytes(cluster), 4 * tokens * table.rows) if e < 4 else 0
+    copied = e * tokens * table.old if not table.whole and table.new[0] < table.old else 0
+    return e * tokens * table.rows + max(pieces, copied)
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,11 @@ def memory_and_recomputed(
         base["persistent"] = e * shape.persistent if several else 0
     largest = e * shape.largest_tensor if several else 0
     found = {"load": base | {"largest_tensor": largest, "staging": SLAB_BYTES if on_gpu else 0}}
+    if shape.tables:
+        found["load"] |= _while_tables_start(shape, config, cluster, largest)
+        held = e * (shape.frozen.parameters // ranks_a_copy(config, cluster))
+        base |= {"tables": e * sum(table.size for table in shape.tables), "base": min(base["base"], held)}
+        shape = shape.frozen
     recomputed: dict[str, int] = {}
     pairs = 4 * shape.adapter
     if config.init.method in GRADIENT_METHODS:
@@ -124,9 +150,37 @@ def memory_and_recomputed(
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
     if config.init.method in COMPENSATED_METHODS:
         states["compensated pairs"] = pairs
+    states, extra = states | _states_of_tables(shape, config, cluster), _moments_of_tables(shape, config, cluster)
     moments = [_Moment(base | states | terms) for terms in _pass_moments(shape, config, cluster, "step")]
+    moments += [_Moment(base | states | terms, whole=False) for terms in extra]
     found["step"], recomputed["step"] = _with_blocks(shape, config, cluster, "step", moments)
     return found, recomputed
+
+
+def _while_tables_start(shape: Shape, config: Config, cluster: Cluster, largest: int) -> dict[str, int]:
+    """Behind the load: the tables, the last whole one gathered beside them; where that is more than the load."""
+    e = element_bytes(config)
+    taken = [e * table.old * table.width for table in shape.tables if table.whole]
+    gathered = taken[-1] - sum(taken[:-1]) // ranks_a_copy(config, cluster) if taken else 0
+    tables = e * sum(table.size for table in shape.tables)
+    return {"tables": tables, "largest_tensor": max(0, gathered)} if tables + gathered > largest else {}
+
+
+def _states_of_tables(shape: Shape, config: Config, cluster: Cluster) -> dict[str, int]:
+    """While they train."""
+    share = shape.rows_share(cluster.ranks)
+    held = {"tables": (element_bytes(config) + 4) * share * cluster.ranks, "table states": 16 * share}
+    return held if shape.tables else {}
+
+
+def _moments_of_tables(shape: Shape, config: Config, cluster: Cluster) -> list[dict[str, int]]:
+    """Where backward ends, and behind it, while what was received of a table is summed and its rows are sent."""
+    if not shape.tables:
+        return []
+    e, largest = element_bytes(config), max(table.size for table in shape.tables)
+    looked_up = max((table.size for table in shape.tables if table.whole and table.has_embedding), default=0)
+    received = 3 * min(EXCHANGE_BYTES, 4 * largest) // 2 if cluster.ranks > 1 else 0
+    return [{"table gradient": e * looked_up}, {"table update": max(received, e * largest // cluster.ranks)}]
 
 
 def _gathers(config: Config, cluster: Cluster) -> bool:
@@ -140,7 +194,12 @@ def _pass_moments(shape: Shape, config: Config, cluster: Cluster, phase: str) ->
     tokens, e = tokens_of(phase, config), element_bytes(config)
     elements = gathered(shape, config.deepspeed.zero) if _gathers(config, cluster) else (0, 0)
     ends, around_norm = 2 * e * tokens * shape.hidden, AROUND_NORM * tokens * shape.hidden
-    head = {"gathered": e * elements[0], "head": ends + logits_bytes(shape, config, cluster, tokens)}
+    table = shape.trained_head
+    if table is not None and not (table.whole and phase == "gradient"):  # there it is still a frozen head
+        logits = all_logits_bytes(table, config, cluster, tokens)
+    else:
+        logits = logits_bytes(shape, config, cluster, tokens)
+    head = {"gathered": e * elements[0], "head": ends + logits}
     return [head, {"gathered": e * elements[1], "head": ends + around_norm}]
 
 

@@ -8,13 +8,14 @@ parameters.  All of the room is pure, reads no weight and is not collective.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lora_one_dist.base.blocks import blocks, has_encoder, parts
 from lora_one_dist.base.recompute import most_blocks
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import LINEAR, Target
 from lora_one_dist.cluster import ownership
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
@@ -53,11 +54,30 @@ class Shape:
     attention: str
     """Its kernel, as transformers names it."""
     targets: tuple[Target, ...]
+    tables: tuple[Table, ...] = ()
+    """Embedding and head where rows of theirs are trained."""
 
     @property
     def adapter(self) -> int:
         """Adapter parameters."""
         return sum(target.adapter for target in self.targets)
+
+    @property
+    def trained_head(self) -> Table | None:
+        """The table of the output head, if rows of it are trained."""
+        return next((table for table in self.tables if table.has_head), None)
+
+    @property
+    def frozen(self) -> Shape:
+        """As it is once whole tables stand in the base's place: what ZeRO-3 still holds."""
+        whole = [table for table in self.tables if table.whole]
+        looked_up = 0 if any(not table.has_head for table in whole) else self.lookup_only
+        left = self.parameters - sum(table.old * table.width for table in whole)
+        return replace(self, parameters=left, lookup_only=looked_up)
+
+    def rows_share(self, ranks: int) -> int:
+        """Elements of tables that one of so many ranks owns."""
+        return sum(-(-table.trained // ranks) * table.width for table in self.tables)
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,9 @@ class Cluster:
         return self.hosts * self.ranks_per_host
 
 
-def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: int) -> Shape:
+def shape_of(
+    skeleton: Any, targets: Sequence[Target], persistence_threshold: int, tables: Sequence[Table] = ()
+) -> Shape:
     """Of a transformers model; its parameters may be on the meta device."""
     config = skeleton.config.get_text_config()
     embedding, head = skeleton.get_input_embeddings().weight, getattr(skeleton.get_output_embeddings(), "weight", None)
@@ -112,6 +134,7 @@ def shape_of(skeleton: Any, targets: Sequence[Target], persistence_threshold: in
         vocabulary=embedding.shape[0],
         attention=str(skeleton.config._attn_implementation),
         targets=tuple(targets),
+        tables=tuple(tables),
     )
 
 

@@ -103,6 +103,7 @@ def gathers_a_pass(shape: Shape, zero: Mapping[str, Any], below: float = 0.0) ->
 
 def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     """Bytes sent by all ranks together, of one start and of one optimizer step."""
+    shape = shape.frozen
     found: dict[str, Wire] = {}
     ranks, each = cluster.ranks, cluster.ranks_per_host
     zero = config.deepspeed.zero
@@ -126,7 +127,7 @@ def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, W
     if config.init.method == "pissa":
         found["gather weights"] = _base_gathers(shape, config, cluster, 1.0)
     found["broadcast"] = broadcast
-    share = make_layout(shape.targets, ranks).share
+    share = make_layout(shape.targets, ranks).share + shape.rows_share(ranks)
     inside = ranks * (each - 1) / each
     between = ranks * (cluster.hosts - 1) / cluster.hosts
     e = element_bytes(config)

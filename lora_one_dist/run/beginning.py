@@ -13,7 +13,6 @@ from lora_one_dist.adapters import folder as adapter_files
 from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
-from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config
 from lora_one_dist.data import batches
@@ -33,6 +32,7 @@ def begin(
     config: Config,
     read: Inputs,
     base: Base,
+    beside: adapter_files.Beside,
     record: metrics.RunFolder,
     store: checkpoint.Store,
     phases: metrics.Phases,
@@ -64,16 +64,16 @@ def begin(
     if config.changes_base:  # as set, kept on the host of the one rank that exports
         initial = {a.target.name: (a.A.detach().cpu().clone(), a.B.detach().cpu().clone()) for a in adapters}
         initial = initial if record.writes else {}
-    optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
-    trained = Trained(adapters, initial, optimizer, before, task_type(read.plan.skeleton))
-    _report(config, read.plan.targets, record, result, losses, samples, trained)
-    return trained
+    _report(config, read.plan.targets, record, result, losses, samples, adapters, initial, beside)
+    optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
+    return Trained(adapters, initial, beside, optimizer, before)
 
 
 def go_on(
     config: Config,
     read: Inputs,
     base: Base,
+    beside: adapter_files.Beside,
     record: metrics.RunFolder,
     found: checkpoint.Found,
     evaluate: Evaluation,
@@ -92,13 +92,13 @@ def go_on(
     if initial is not None:
         set_adapters(base, adapters, initial, compensate=True)
         initial = initial if record.writes else {}
-    optimizer = optim.LayerShardedOptimizer(adapters, config.optim)
+    optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
     checkpoint.load_optimizer(found.folder, optimizer, found.step)
     writers = found.state["world_size"]
     record.say(f"going on from {found.folder}, which {writers} ranks have written")
     if config.lora.dropout > 0 and writers != comm.world_size():
         record.say(f"dropout draws other masks on {comm.world_size()} ranks than on {writers}")
-    return Trained(adapters, initial, optimizer, before, task_type(read.plan.skeleton))
+    return Trained(adapters, initial, beside, optimizer, before)
 
 
 def _init_batch(config: Config, tokens: TokenData, pad_token_id: int) -> tuple[list[dict[str, Any]], Batch]:
@@ -157,7 +157,9 @@ def _report(
     result: pairs.Initialisation,
     losses: tuple[float, float],
     samples: Sequence[Mapping[str, Any]],
-    trained: Trained,
+    adapters: Sequence[Adapter],
+    initial: pairs.Pairs | None,
+    beside: adapter_files.Beside,
 ) -> None:
     """Say what the initialisation found, and write it and the initial adapter.  Collective."""
     method, target_tokens = config.init.method, sum(sample["num_targets"] for sample in samples)
@@ -166,8 +168,7 @@ def _report(
         record.say(line)
     with comm.all_or_none("writing the initial adapter and its report"):
         if record.writes:
-            given = trained.initial, trained.task_type
-            adapter_files.export(record.root / "adapter_init", config, trained.adapters, targets, *given)
+            adapter_files.export(record.root / "adapter_init", config, adapters, targets, initial, beside)
             about = {"loss_before": losses[0], "loss_after": losses[1], "target_tokens": target_tokens}
             record.write_json("init_report.json", {"method": method, **about, "layers": result.rows})
             metrics.plot_report(result.rows, record.root / "init_report.png", config.lora.r)

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save as encode_tensors
 
 from lora_one_dist.adapters import folder as adapters
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import CheckpointConfig, Config
@@ -41,6 +42,7 @@ from lora_one_dist.disk import folders
 from lora_one_dist.initialise.pairs import Initialisation
 from lora_one_dist.run.identity import differences, differences_of_group
 from lora_one_dist.train.optim import LayerShardedOptimizer
+from lora_one_dist.train.rows import places
 
 FORMAT = 1
 STATE = "state.json"
@@ -102,7 +104,7 @@ def read_run(root: Path) -> dict[str, Any] | None:
     return run
 
 
-def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> None:
+def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Table]) -> None:
     """Raise CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
     more = 1 if _steps(root / "checkpoints") else ROOM
     needed, free = more * size_bytes(config, targets), shutil.disk_usage(_existing(root)).free
@@ -113,9 +115,9 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target]) -> N
         )
 
 
-def size_bytes(config: Config, targets: Sequence[Target]) -> int:
+def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    parameters = sum(target.adapter for target in targets)
+    parameters = sum(one.size if isinstance(one, Table) else one.adapter for one in trained)
     working = 8 if config.changes_base else {"fp32": 4, "bf16": 2}[config.model.dtype]
     return parameters * (working + (12 if config.optim.name == "adamw" else 4))
 
@@ -228,16 +230,19 @@ def load_optimizer(folder: Path, optimizer: LayerShardedOptimizer, step: int) ->
     """Fill this rank's masters and moments from the files of however many ranks, and go on from there.  Collective."""
     with comm.all_or_none("reading the checkpoint"):
         wanted = optimizer.state()
+        lacking = {name: place.numel() for name, place in wanted.items()}
         for name in sorted(folders.read_manifest(folder)):
             if not name.startswith("optimizer-"):
                 continue
             with safe_open(folder / name, framework="pt") as reader:
-                for key in set(reader.keys()) & wanted.keys():
-                    value, place = reader.get_tensor(key), wanted.pop(key)
-                    assert value.shape == place.shape, f"{key}: {tuple(value.shape)}, must be {tuple(place.shape)}"
-                    place.copy_(value)
-        if wanted:
-            raise CheckpointError(f"{folder}: holds nothing for {next(iter(wanted))}. Take another checkpoint.")
+                for saved in reader.keys():  # noqa: SIM118
+                    for key, place, rows in places(saved, wanted):
+                        value = reader.get_slice(saved)[rows]
+                        assert value.shape == place.shape, f"{key}: {tuple(value.shape)}, must be {tuple(place.shape)}"
+                        place.copy_(value)
+                        lacking[key] -= place.numel()
+        for key in (key for key, left in lacking.items() if left):
+            raise CheckpointError(f"{folder}: holds not all of {key}. Take another checkpoint.")
     optimizer.resume(step)
 
 

@@ -68,7 +68,7 @@ def fit(config: Config, read: Inputs, begins: bool) -> Fit:
     """
     limits = comm.all_gather_floats(_limit(config.model))
     cluster = _cluster(config, min(limits))
-    shape = shape_of(read.plan.skeleton, read.plan.targets, config.deepspeed.persistence_threshold)
+    shape = shape_of(read.plan.skeleton, read.plan.targets, config.deepspeed.persistence_threshold, read.tables)
     planned = _as_run(config, read, begins)
     with comm.all_or_none("checking that the run fits"):
         problems = advice(shape, planned, cluster)

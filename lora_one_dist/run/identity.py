@@ -28,6 +28,8 @@ KEPT = (
     "lora.r",
     "lora.alpha",
     "lora.use_rslora",
+    "lora.new_tokens",
+    "lora.modules_to_save",
     "init.method",
     "init.adapter",
     "init.num_samples",

@@ -7,7 +7,7 @@ another.  Every function here runs on every rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
 from lora_one_dist.base.rope import refuse_beyond
-from lora_one_dist.base.skeleton import check_tokenizer, local_folder
+from lora_one_dist.base.skeleton import local_folder
+from lora_one_dist.base.tables import Table, new_ids, plan_tables
 from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
@@ -29,7 +30,7 @@ from lora_one_dist.data.packing import PackedData
 from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
-from lora_one_dist.data.tokenizer import load_tokenizer
+from lora_one_dist.data.tokenizer import add_tokens, load_tokenizer, saved
 from lora_one_dist.initialise import pairs
 from lora_one_dist.run import checkpoint
 from lora_one_dist.run.day import with_day
@@ -49,6 +50,10 @@ class Inputs:
     given: pairs.Pairs | None
     identity: dict[str, Any]
     """Of the run: :func:`~lora_one_dist.run.identity.identity`."""
+    tables: list[Table] = field(default_factory=list)
+    """Embedding and head where rows of theirs are trained."""
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+    """Of a tokenizer with tokens that are new to the model."""
 
 
 def read(config: Config) -> Inputs:
@@ -62,13 +67,14 @@ def read(config: Config) -> Inputs:
         loading.check_loadable(plan, config.deepspeed.shard_group)
         refuse_settings(plan.skeleton, config)
         tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-        check_tokenizer(plan.skeleton, tokenizer)
+        new = new_ids(plan.skeleton, tokenizer, add_tokens(tokenizer, config.lora.new_tokens or []))
+        tables = plan_tables(plan.skeleton, config.lora, plan.targets, new)
         if config.model.attn_implementation == varlen.NAME:
             varlen.refuse_cpu()
         if config.data.packing or config.model.attn_implementation == varlen.NAME:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
-            checkpoint.refuse_full_disk(Path(config.output_dir), config, plan.targets)
+            checkpoint.refuse_full_disk(Path(config.output_dir), config, [*plan.targets, *tables])
     with comm.all_or_none("reading the data"), writable_cache():
         rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
@@ -84,7 +90,7 @@ def read(config: Config) -> Inputs:
         with comm.all_or_none("reading the adapter"):
             given = adapters.read_adapter(Path(config.init.adapter), config, plan.targets)
     own = _identity(config, plan, train, held.tokens if held is not None else None)
-    return Inputs(plan, tokenizer, train, held, given, own)
+    return Inputs(plan, tokenizer, train, held, given, own, tables, saved(tokenizer) if new else {})
 
 
 def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:

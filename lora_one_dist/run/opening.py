@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one_dist.base import loading
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
@@ -101,7 +102,7 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     for note in plan.notes:
         record.say(note)
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
-    for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out)]:
+    for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out), *map(_trained_table, read.tables)]:
         record.say(line)
     damping = config.optim.damping_in_force
     how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"
@@ -142,6 +143,14 @@ def _left_out(layers: Mapping[str, str]) -> list[str]:
     for name, why in layers.items():
         named.setdefault(why, []).append(name)
     return [f"all-linear leaves out {len(names)}: {names[0]} {why}" for why, names in named.items()]
+
+
+def _trained_table(table: Table) -> str:
+    """Which rows of it are trained."""
+    names, new = " and ".join(table.modules), f"{len(table.new)} new tokens, from the mean of the old"
+    if table.whole:
+        return f"{names}: all {table.rows} rows are trained" + (f", {new}" if table.new else "")
+    return f"{names}: trained are the rows of {new}"
 
 
 def _where_the_base_is(config: Config) -> str:

@@ -50,11 +50,10 @@ class Trained:
     adapters: list[Adapter]
     initial: Pairs | None
     """A0 and B0 as set where the method changed the base, on the rank that writes; {} on the others."""
+    beside: adapter_files.Beside
     optimizer: optim.LayerShardedOptimizer
     before: dict[str, float]
     """Evaluation of the base alone."""
-    task_type: str = "CAUSAL_LM"
-    """PEFT's name for what the model is trained on."""
 
 
 class Saving:
@@ -87,10 +86,8 @@ class Saving:
         began = time.monotonic()
         files = {}
         if self.record.writes:
-            trained = self.trained
-            files = adapter_files.encode(
-                self.config, trained.adapters, self.targets, trained.initial, trained.task_type
-            )
+            now = self.trained
+            files = adapter_files.encode(self.config, now.adapters, self.targets, now.initial, now.beside)
         state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
         state |= {"before": self.trained.before, "versions": metrics.versions()}
         state["metrics_bytes"] = self.record.size_bytes()
@@ -119,9 +116,8 @@ class Saving:
 
         def write() -> None:
             if self.record.writes and summary["steps"] > 0:
-                trained, folder = self.trained, self.record.root / "adapter"
-                given = trained.initial, trained.task_type
-                adapter_files.export(folder, self.config, trained.adapters, self.targets, *given)
+                now, folder = self.trained, self.record.root / "adapter"
+                adapter_files.export(folder, self.config, now.adapters, self.targets, now.initial, now.beside)
             self.record.write_json("summary.json", summary)
 
         tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1

@@ -12,7 +12,10 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
+from lora_one_dist.adapters.folder import Beside
+from lora_one_dist.adapters.tables import put_tables
 from lora_one_dist.base import loading
+from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training
@@ -70,16 +73,18 @@ def _from_load_to_summary(
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
         base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size, progress)
+        tables = put_tables(base, read.tables)
+        beside = Beside(tables, read.tokenizer_files, task_type(read.plan.skeleton))
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
 
     fitted.recompute(base, config.model, "gradient")
     if found is None:
-        trained = beginning.begin(config, read, base, record, store, phases, held_answers)
+        trained = beginning.begin(config, read, base, beside, record, store, phases, held_answers)
     else:
         with phases("resume"):
-            trained = beginning.go_on(config, read, base, record, found, held_answers)
+            trained = beginning.go_on(config, read, base, beside, record, found, held_answers)
     saving = Saving(config, record, store, trained, read.plan.targets, len(read.train))
     if found is None:
         with phases("save step 0"):

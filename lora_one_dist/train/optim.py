@@ -30,10 +30,13 @@ from typing import Any
 import torch
 
 from lora_one_dist.adapters.lora import Adapter
+from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm, hierarchy, ownership
 from lora_one_dist.config.settings import OptimConfig
 from lora_one_dist.initialise import spectral
+from lora_one_dist.train.rows import RowShardedTables
+from lora_one_dist.train.updates import adamw_, move_to_main_grad, sgd_
 
 FAINTEST = 1e-3  # the least share of its peak that a rate has for the damping: the first step of a warm-up has none
 TINY = 1e-30  # in place of a mean eigenvalue or a norm that is zero
@@ -107,32 +110,6 @@ def _give_norm_of(grad: torch.Tensor, new: torch.Tensor) -> None:
     """Scale ``new`` to the norm of ``grad``, matrix by matrix, in place; zero where that is zero."""
     wanted, found = (torch.linalg.matrix_norm(t, keepdim=True, dtype=torch.float64) for t in (grad, new))
     new.mul_(wanted / found.clamp(min=TINY))
-
-
-def adamw_(
-    parameter: torch.Tensor,
-    grad: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step in place, step counted from 1, with bias correction.  Any shape, fp32.
-
-    Source: arXiv 1711.05101, algorithm 2 (the learning rate scales the decay, as in torch).
-    """
-    first.lerp_(grad, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    parameter.mul_(1 - lr * weight_decay).addcdiv_(first, denominator, value=-lr / (1 - betas[0] ** step))
-
-
-def sgd_(parameter: torch.Tensor, grad: torch.Tensor, lr: float, weight_decay: float) -> None:
-    """One SGD step in place with decoupled weight decay.  Any shape, fp32."""
-    parameter.mul_(1 - lr * weight_decay).add_(grad, alpha=-lr)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -210,15 +187,6 @@ def make_layout(targets: Sequence[Target], world_size: int) -> Layout:
     return Layout(tuple(blocks), share)
 
 
-def _move_to_main_grad(parameter: Any) -> None:
-    """What autograd has left in ``.grad``: nothing where an adapted layer has added to ``main_grad`` itself."""
-    if parameter.grad is None:
-        return
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
-    parameter.grad_added_to_main_grad = True
-
-
 def _exact_sum(values: Iterable[float]) -> float:
     """Rounded once; what is not finite stays so."""
     terms = list(values)
@@ -226,14 +194,17 @@ def _exact_sum(values: Iterable[float]) -> float:
 
 
 class LayerShardedOptimizer:
-    """The optimizer of all adapters.  Construct, ``reduce`` and ``update`` on every rank, with equal adapters on all.
+    """The optimizer of all adapters, and of trained tables beside them (:mod:`lora_one_dist.train.rows`).
+
+    Construct, ``reduce`` and ``update`` on every rank, with equal adapters on all.
 
     From construction on each adapter parameter is a view of one flat working buffer, and its ``main_grad``, to which
     backward adds (:mod:`lora_one_dist.adapters.branch`), one of the flat fp32 send buffer.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], config: OptimConfig):
+    def __init__(self, adapters: Sequence[Adapter], config: OptimConfig, tables: Sequence[TrainedTable] = ()):
         self.config = config
+        self.tables = RowShardedTables(tables, config)
         self.names = [adapter.target.name for adapter in adapters]
         first = adapters[0].A
         self.layout = make_layout([a.target for a in adapters], comm.world_size())
@@ -253,7 +224,7 @@ class LayerShardedOptimizer:
                 parameter.data = working
                 parameter.main_grad = send
                 parameter.grad_added_to_main_grad = False
-                parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+                parameter.register_post_accumulate_grad_hook(move_to_main_grad)
         own = slice(hierarchy.slot() * self.layout.share, (hierarchy.slot() + 1) * self.layout.share)
         self.own_working = self.working[own]
         self.masters = self.own_working.float()
@@ -276,7 +247,8 @@ class LayerShardedOptimizer:
         """
         self.grads = hierarchy.reduce_scatter(self.send)
         self.send.zero_()
-        rows = comm.all_gather_rows([*carried, spectral.frobenius_norm(self.grads) ** 2])
+        square = spectral.frobenius_norm(self.grads) ** 2 + self.tables.reduce()
+        rows = comm.all_gather_rows([*carried, square])
         # The sum is exact: who owns what must not change the last bit.
         return math.sqrt(_exact_sum(row[-1] for row in rows)), [row[:-1] for row in rows]
 
@@ -302,11 +274,14 @@ class LayerShardedOptimizer:
             with comm.all_or_none("checking the first gradient"):
                 self._check_first(grads)
             self.checked = True
-        if self.config.max_grad_norm > 0:
-            grads.mul_(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))  # 1e-6 as torch.clip_grad_norm_
+        limit = self.config.max_grad_norm
+        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # 1e-6 as torch.clip_grad_norm_
+        if limit > 0:
+            grads.mul_(clip)
         self.steps += 1
         self._update(grads, lr)
         self._share()
+        self.tables.update(self.steps, lr, clip)
         for parameter in self.parameters.values():
             parameter.grad_added_to_main_grad = False
 
@@ -319,7 +294,7 @@ class LayerShardedOptimizer:
             if not bool(grad.isfinite().all())
         ]
         self.send.zero_()
-        return named
+        return named + self.tables.take_non_finite()
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's fp32 masters and moments by name, as views; all ranks' are the whole.  Not collective."""
@@ -329,7 +304,7 @@ class LayerShardedOptimizer:
             for block in self._own_blocks()
             for side, stacked in zip("AB", block.split(flat), strict=True)
             for i, tensor in zip(block.targets, stacked, strict=True)
-        }
+        } | self.tables.state()
 
     def _kinds(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept of each parameter, by the names that torch's AdamW has for it."""
@@ -341,6 +316,7 @@ class LayerShardedOptimizer:
         """Go on after ``steps`` steps, now that :meth:`state` was filled: share the working copies.  Collective."""
         self.steps, self.checked = steps, steps > 0
         self._share()
+        self.tables.share()
 
     def _share(self) -> None:
         self.own_working.copy_(self.masters)
@@ -382,13 +358,15 @@ class LayerShardedOptimizer:
             for side, stacked in zip("AB", block.split(grads), strict=True)
             for i, grad in zip(block.targets, stacked, strict=True)
             if not bool(grad.isfinite().all())
-        ]
+        ] + self.tables.non_finite()
 
     def _check_first(self, grads: torch.Tensor) -> None:
         for i, name in enumerate(self.names):
             for side in "AB":
                 if not self.parameters[i, side].grad_added_to_main_grad:
                     raise OptimizerError(f"lora_{side} of {name} got no gradient in backward: it would never train.")
+        for name in self.tables.without_gradient():
+            raise OptimizerError(f"{name} got no gradient in backward: it would never train.")
         for block in self._own_blocks():
             values = block.split(self.masters)
             for side, stacked, partners in zip("AB", block.split(grads), values[::-1], strict=True):

@@ -25,6 +25,7 @@ OTHER_TEXT = {  # settings of free text that are no paths
         "data.text",
     ),
     *("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern"),
+    *("lora.new_tokens", "lora.modules_to_save"),
     "train.exact_match_pattern",
 }
 

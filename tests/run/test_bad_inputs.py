@@ -511,7 +511,7 @@ def whole_in_hosts(place: Place) -> list[str]:
 
 def more_tokens(place: Place) -> None:
     tokenizer = models.tokenizer("llama")
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens([f"<{i}>" for i in range(models.VOCABULARY + 1)])  # fewer would be new ones, to be trained
     tokenizer.save_pretrained(place.copy())
 
 
@@ -622,7 +622,20 @@ MODEL = {
     ),
     "tokenizer too large": (
         more_tokens,
-        ["tokenizer's largest id is 64, the model has 64 embeddings", "Use the tokenizer that the model was trained"],
+        ["tokenizer's largest id is 128, the model has 64 embeddings", "Use the tokenizer that the model was trained"],
+    ),
+    "a token that is not new": (
+        ['lora.new_tokens=["<x>", "w9"]'],
+        ["lora.new_tokens = ['<x>', 'w9']: 'w9' is not new: the tokenizer has it already. Leave it out."],
+    ),
+    "a token named twice": (['lora.new_tokens=["<x>", "<x>"]'], ["'<x>' is not new: it is named twice. Leave it out."]),
+    "a module that is no table": (
+        ["lora.modules_to_save=[q_proj]"],
+        ["lora.modules_to_save: q_proj is neither model.embed_tokens nor lm_head", "Correct it"],
+    ),
+    "a table with an adapter": (
+        ["lora.modules_to_save=[lm_head]", "lora.target_modules=[lm_head, q_proj]"],
+        ["lora.target_modules: lm_head has rows that are trained", "Leave one of them out"],
     ),
     "no tokenizer": (
         without("tokenizer*"),

@@ -1,0 +1,129 @@
+"""Trained rows of the embedding and the output head: plain tensors outside ZeRO, beside or in place of the base's.
+
+In: a loaded base, its planned tables.  Out: a :class:`TrainedTable` for each, the same bits on every rank.  Rows of new
+tokens stand beside the base's table, which stays where ZeRO has it:
+
+- embedding  ids that are new look up row 0 of the base, and their output is replaced by their own row
+- head       logits of new tokens take the places of the base's, or come behind them
+
+A whole table takes the base's place, and is never gathered.  Bytes per rank: e k h working copy (e bytes an element, k
+rows), while it starts the base's table beside it; the rest is :mod:`lora_one_dist.train.rows`.  Of a whole embedding
+autograd makes e k h more where backward ends; all other gradients are added to their sum as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_one_dist.base.head import RowsHead, WholeHead
+from lora_one_dist.base.sharding import Base, mean_row
+from lora_one_dist.base.tables import Table
+from lora_one_dist.cluster import comm
+
+
+@dataclass(frozen=True)
+class TrainedTable:
+    """A table's trained rows as the model holds them: ``weight`` (k, h), frozen until an optimizer has it."""
+
+    plan: Table
+    weight: nn.Parameter
+
+
+def put_tables(base: Base, tables: Sequence[Table]) -> list[TrainedTable]:
+    """Give each planned table its rows, new ones the mean of the old.  Collective."""
+    return [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
+
+
+def _new_row(base: Base, weight: Any, table: Table) -> torch.Tensor | None:
+    """Where new tokens start, in the table's type.  Collective."""
+    if not table.new:
+        return None
+    return mean_row(base, weight, min(table.old, table.new[0]), table.width).to(comm.device(), weight.dtype)
+
+
+def _put_rows(base: Base, table: Table) -> TrainedTable:
+    modules: list[Any] = [base.module.get_submodule(name) for name in table.modules]
+    start = _new_row(base, modules[0].weight, table)
+    assert start is not None, f"{table.name}: no row is trained"
+    weight = nn.Parameter(start.repeat(table.trained, 1), requires_grad=False)
+    for module in modules:
+        if isinstance(module, nn.Embedding):
+            _replace_looked_up(module, weight, table)
+        else:
+            RowsHead.put(module, weight, table.new, table.old, table.rows)
+    return TrainedTable(table, weight)
+
+
+def _put_whole(base: Base, table: Table) -> TrainedTable:
+    modules: list[Any] = [base.module.get_submodule(name) for name in table.modules]
+    given = modules[0].weight
+    start = _new_row(base, given, table)
+    whole = torch.empty(table.rows, table.width, dtype=given.dtype, device=comm.device())
+    with base.gathered([given]):
+        whole[: table.old].copy_(given.detach())
+    if start is not None:
+        whole[list(table.new)] = start
+    weight = nn.Parameter(whole, requires_grad=False)
+    base.forget(given)
+    for module in modules:
+        module.weight = weight
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = table.rows
+        else:
+            module.out_features, module.__class__ = table.rows, WholeHead
+    return TrainedTable(table, weight)
+
+
+def _replace_looked_up(embedding: Any, weight: nn.Parameter, table: Table) -> None:
+    """By hooks, not in its forward: its output, on which ZeRO would gather it again in backward, needs no gradient."""
+    place = torch.full((table.rows,), -1, device=comm.device())
+    place[list(table.new)] = torch.arange(table.trained, device=comm.device())
+    places: list[torch.Tensor] = []
+
+    def before(layer: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        places.append(place[given[0]])
+        return (given[0].masked_fill(places[-1] >= 0, 0), *given[1:])
+
+    def behind(layer: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return _Replace.apply(output, weight, places.pop(), getattr(layer, "embed_scale", 1.0))
+
+    embedding.register_forward_pre_hook(before, prepend=True)
+    embedding.register_forward_hook(behind)
+
+
+class _Replace(torch.autograd.Function):
+    """Looked-up states (..., h) with those of trained tokens in their places; ``places`` (...) has -1 for others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, looked_up: torch.Tensor, weight: Any, places: torch.Tensor, scale: torch.Tensor | float
+    ) -> torch.Tensor:
+        ctx.weight, ctx.scale, ctx.trained = weight, scale, places >= 0
+        ctx.places = places[ctx.trained]
+        output = looked_up.clone()
+        output[ctx.trained] = _scaled(weight.detach()[ctx.places], scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        below = grads[0].masked_fill(ctx.trained[..., None], 0) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return below, None, None, None
+        change = _scaled(grads[0][ctx.trained].float(), ctx.scale)
+        main_grad = ctx.weight.main_grad
+        if change.is_cuda:  # sorts, and so adds in one order; on a CPU it adds in any
+            main_grad.index_put_((ctx.places,), change, accumulate=True)
+        else:
+            main_grad.index_add_(0, ctx.places, change)
+        ctx.weight.grad_added_to_main_grad = True
+        return below, None, None, None
+
+
+def _scaled(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """As embeddings with a factor do: in their type."""
+    return values * (scale.to(values.dtype) if isinstance(scale, torch.Tensor) else scale)
