@@ -17,7 +17,7 @@ from lora_one_dist.data.batches import IGNORE_INDEX
 
 def has_encoder(model: Any) -> bool:
     """Is the model of two stacks?"""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def task_type(model: Any) -> str:
