@@ -21,7 +21,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def has_encoder(model: Any) -> bool:
     """Is the model of two stacks?"""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def parts(model: Any) -> tuple[Any, Any]:
