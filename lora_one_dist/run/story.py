@@ -72,7 +72,8 @@ def _from_load_to_summary(
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
         base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size, progress)
-        beside = Beside(put_tables(base, read.tables), read.tokenizer_files)
+        rows = read.given.tables if read.given is not None else {}
+        beside = Beside(put_tables(base, read.tables, rows), read.tokenizer_files)
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
