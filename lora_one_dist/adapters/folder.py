@@ -22,6 +22,7 @@ from lora_one_dist.adapters import peft_format, peft_settings
 from lora_one_dist.adapters.lora import Adapter, peft_config
 from lora_one_dist.adapters.peft_format import PREFIX, TOKENS
 from lora_one_dist.adapters.tables import TrainedTable
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.config.settings import Config, LoraConfig
 from lora_one_dist.disk import folders
@@ -29,6 +30,7 @@ from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed
 from lora_one_dist.disk.weights import WeightsError
 from lora_one_dist.initialise.pairs import Pairs
 
+TABLES = ("modules_to_save", "trainable_token_indices")
 MERGE_FIRST = "merge it with tools/merge_adapter.py and begin from what comes out"
 
 
@@ -140,8 +142,18 @@ def encode_pairs(
     }
 
 
-def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pairs:
+@dataclass(frozen=True)
+class Given:
+    """What a run begins from in place of a method: pairs, and rows of tables by the tables' names."""
+
+    pairs: Pairs
+    tables: dict[str, torch.Tensor]
+
+
+def read_adapter(folder: Path, config: Config, targets: Sequence[Target], tables: Sequence[Table] = ()) -> Given:
     """Pairs (A (r, n), B (m, r)) of a PEFT folder, fp32, strictly those of the targets.  Not collective.
+
+    And the rows of the run's tables, of all or of none: these begin as without an adapter.
 
     Raises:
         AdapterError: if rank, scale, layers or shapes differ from the run's, naming each difference; if it holds more
@@ -157,15 +169,38 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target]) -> Pai
     changed, (broken, unknown) = peft_settings.changed_base(described), peft_settings.refused(described)
     if changed is not None:
         raise AdapterError(f"init.adapter = {folder}: {changed}")
-    beyond = unknown + peft_settings.beyond_pairs(described)
+    known, left, misfits = _tables_of(described, tensors, tables)
+    beyond = unknown + peft_settings.beyond_pairs(described, TABLES if known and not misfits else ())
     problems = broken + ([] if broken else _other_scale(described, config.lora, targets))
-    problems += [f"{setting} ({MERGE_FIRST})" for setting in beyond]
-    pairs, misfits = _pairs_of(tensors, targets, told=bool(beyond))
+    problems += misfits + [f"{setting} ({MERGE_FIRST})" for setting in beyond]
+    pairs, misfits = _pairs_of(left, targets, told=bool(beyond))
     problems += misfits
     if problems:
         shown = listed(problems, 5)
         raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
-    return {name: (A.read().float(), B.read().float()) for name, (A, B) in pairs.items()}
+    read = {name: (A.read().float(), B.read().float()) for name, (A, B) in pairs.items()}
+    return Given(read, {name: tensor.read() for name, tensor in known.items()})
+
+
+def _tables_of(
+    described: Mapping[str, Any], tensors: Mapping[str, LazyTensor], tables: Sequence[Table]
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor], list[str]]:
+    """The tables' rows by the tables' names, the tensors that are left, and what of them is missing or another."""
+    found, left, problems = {}, dict(tensors), []
+    for table in tables:
+        names = [f"{PREFIX}{name}.{'weight' if table.whole else TOKENS}" for name in table.modules]
+        tensor = next((left.pop(name) for name in names if name in left), None)
+        for name in names:
+            left.pop(name, None)
+        tokens = list(table.new) if table.whole else peft_settings.tokens_of(described, table.modules[0])
+        if tensor is None:
+            continue
+        found[table.name] = tensor
+        if tensor.shape != (table.trained, table.width) or tokens != list(table.new):
+            problems.append(f"its rows of {table.modules[0]} are others than the {table.trained} that the run trains")
+    if found and len(found) < len(tables):
+        problems.append(f"it has {', '.join(found)} alone of what the run trains")
+    return found, left, problems
 
 
 def _other_scale(described: Mapping[str, Any], lora: LoraConfig, targets: Sequence[Target]) -> list[str]:

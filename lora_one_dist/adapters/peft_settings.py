@@ -81,9 +81,9 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def beyond_pairs(config: Mapping[str, Any]) -> list[str]:
-    """Settings by which an adapter is more than a pair for each linear layer, in words."""
-    named = [key for key in BEYOND_PAIRS if config.get(key) not in (None, False, "none", {}, [])]
+def beyond_pairs(config: Mapping[str, Any], known: Collection[str] = ()) -> list[str]:
+    """Settings but the ``known`` by which an adapter is more than a pair for each linear layer, in words."""
+    named = [k for k in BEYOND_PAIRS if k not in known and config.get(k) not in (None, False, "none", {}, [])]
     return [f"{key} is {config[key]}, which is not supported" for key in named]
 
 

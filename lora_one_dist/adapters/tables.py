@@ -13,7 +13,7 @@ autograd makes e k h more where backward ends; all other gradients are added to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,13 @@ class TrainedTable:
     weight: nn.Parameter
 
 
-def put_tables(base: Base, tables: Sequence[Table]) -> list[TrainedTable]:
-    """Give each planned table its rows, new ones the mean of the old.  Collective."""
-    return [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
+def put_tables(base: Base, tables: Sequence[Table], given: Mapping[str, torch.Tensor]) -> list[TrainedTable]:
+    """Give each planned table its rows, as ``given`` by its name, else new ones the mean of the old.  Collective."""
+    found = [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
+    for table in found:
+        if table.plan.name in given:
+            table.weight.detach().copy_(given[table.plan.name])
+    return found
 
 
 def _new_row(base: Base, weight: Any, table: Table) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """A model's own code, run before a weight is read: does it run on text, predict the next token, may blocks run again?
 
 In: a skeleton.  Out: nothing, a note where the model cannot be asked, or a refusal.  The skeleton itself is left alone:
-a copy with thin weights (:mod:`thin`) runs 12 tokens in fp32 on the CPU, at its real widths, two blocks of each kind.
+a copy with thin weights (:mod:`thin`) runs 12 tokens in fp32 on the CPU, at its real widths, three blocks of each kind.
 Runs on every rank, not collective.
 """
 
@@ -30,7 +30,9 @@ from lora_one_dist.base.two_stacks import decoder_inputs, pad_token
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import ModelConfig
 
-KEPT = 2  # blocks of a kind: one may hand the other what is not its output
+KEPT = (
+    3  # blocks of a kind: one may hand another what is not its output; ProphetNet's see later tokens from the third on
+)
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")
 SCANNED = 4  # tokens in a chunk
 TOKENS = 12

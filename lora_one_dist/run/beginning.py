@@ -53,7 +53,7 @@ def begin(
     if read.given is None:
         result = _by_layer_groups(config, read.plan.targets, base, batch, record, store, phases)
     else:
-        result = pairs.Initialisation(read.given)
+        result = pairs.Initialisation(read.given.pairs)
     with phases("set adapters"):
         adapters, losses = _set(config, read.plan.targets, base, result, batch)
     record.say("loss of the init batch: {:.6f} before, {:.6f} with the adapters set".format(*losses))

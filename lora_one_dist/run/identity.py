@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.config.settings import Config
 
@@ -45,7 +46,9 @@ LAYERS = ("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "l
 UNLOGGED = ("model.path", "data", *LAYERS, "output_dir", "resume", "init")
 
 
-def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any) -> dict[str, Any]:
+def identity(
+    config: Config, targets: Sequence[Target], base: Any, train: Any, evaluation: Any, tables: Sequence[Table] = ()
+) -> dict[str, Any]:
     """What a run is: its settings, layers, and the fingerprints of base, training and evaluation data.  Pure."""
     layers = [[target.name, target.m, target.n, target.r, target.scaling] for target in targets]
     settings = config.model_dump(mode="json")
@@ -60,6 +63,7 @@ def identity(config: Config, targets: Sequence[Target], base: Any, train: Any, e
                 "base": base,
                 "train_data": train,
                 "eval_data": evaluation,
+                "tables": [[table.name, table.rows, table.trained] for table in tables],
             }
         )
     )
@@ -87,6 +91,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
         )
     elif not refused:
         refused += _other_pairs(before["targets"], now["targets"])
+    if before.get("tables", []) != now.get("tables", []):
+        refused.append(f"trained rows (table, rows, trained) are {now.get('tables')}, were {before.get('tables')}")
     for what, key in (("the base", "base"), ("the training data", "train_data")):
         parts = [part for part in now[key] if before[key].get(part) != now[key][part]]
         if parts:

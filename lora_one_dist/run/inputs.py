@@ -47,7 +47,7 @@ class Inputs:
     train: TokenData
     held: evaluate.Held | None
     """For evaluation, if the config names any."""
-    given: pairs.Pairs | None
+    given: adapters.Given | None
     identity: dict[str, Any]
     """Of the run: :func:`~lora_one_dist.run.identity.identity`."""
     tables: list[Table] = field(default_factory=list)
@@ -88,8 +88,8 @@ def read(config: Config) -> Inputs:
     given = None
     if config.init.adapter is not None:
         with comm.all_or_none("reading the adapter"):
-            given = adapters.read_adapter(Path(config.init.adapter), config, plan.targets)
-    own = _identity(config, plan, train, held.tokens if held is not None else None)
+            given = adapters.read_adapter(Path(config.init.adapter), config, plan.targets, tables)
+    own = _identity(config, plan, tables, train, held.tokens if held is not None else None)
     return Inputs(plan, tokenizer, train, held, given, own, tables, saved(tokenizer) if new else {})
 
 
@@ -117,7 +117,9 @@ def _how(plan: loading.Plan) -> dict[str, Any]:
     return {"with_encoder": has_encoder(plan.skeleton), "ranks": len(comm.here().host_ranks), "say": say}
 
 
-def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: TokenData | None) -> dict[str, Any]:
+def _identity(
+    config: Config, plan: loading.Plan, tables: list[Table], train: TokenData, held_out: TokenData | None
+) -> dict[str, Any]:
     """From what rank 0 has under its eyes; the first rank of every host sees that its host has the same."""
     own = None
     with comm.all_or_none("taking fingerprints of base and data"):
@@ -128,7 +130,7 @@ def _identity(config: Config, plan: loading.Plan, train: TokenData, held_out: To
     hosts = {host: held for host, held in zip(comm.here().host_of, found, strict=True) if held is not None}
     with comm.all_or_none("comparing what the hosts have read"):
         refuse_unlike_hosts(hosts)
-    return identity(config, plan.targets, **found[0])
+    return identity(config, plan.targets, **found[0], tables=tables)
 
 
 def total_steps(train: TrainConfig, num_samples: int) -> int:

@@ -143,7 +143,7 @@ def test_older_adapter_and_leftovers_are_replaced_as_a_whole(config, tmp_path):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
     assert not (folder / "stale.bin").exists()
     assert not (folder / "half.bin").exists()
-    assert torch.equal(read_adapter(folder, config(), TARGETS)[TARGETS[0].name][0], pairs(2)[TARGETS[0].name][0])
+    assert torch.equal(read_adapter(folder, config(), TARGETS).pairs[TARGETS[0].name][0], pairs(2)[TARGETS[0].name][0])
 
 
 def test_older_adapter_survives_a_write_that_fails(config, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_older_adapter_survives_a_write_that_fails(config, tmp_path, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_read_gives_back_what_was_written_in_fp32(dtype, config, tmp_path):
     export(tmp_path / "adapter", config(), adapters(0, dtype), TARGETS, None)
-    found = read_adapter(tmp_path / "adapter", config(), TARGETS)
+    found = read_adapter(tmp_path / "adapter", config(), TARGETS).pairs
     assert found.keys() == pairs(0).keys()
     for name, written in pairs(0).items():
         for tensor, value in zip(found[name], written, strict=True):
@@ -181,7 +181,7 @@ def test_read_takes_what_peft_saved(config, tmp_path):
     description = peft_config(settings.lora, TARGETS, "x", init_lora_weights=False)  # a random B
     wrapped = PeftModel(models.llama(layers=1), description)
     wrapped.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    found = read_adapter(tmp_path / "adapter", settings, TARGETS)
+    found = read_adapter(tmp_path / "adapter", settings, TARGETS).pairs
     for target in TARGETS:
         layer = wrapped.get_submodule(f"base_model.model.{target.name}")
         assert torch.equal(found[target.name][0], layer.lora_A["default"].weight)
@@ -292,7 +292,7 @@ def test_converted_pissa_is_read_at_twice_the_rank(config, model_folder, tmp_pat
     wrapped.save_pretrained(str(tmp_path / "adapter"), path_initial_model_for_weight_conversion=at)
     doubled = config(lora__r=2 * R, lora__alpha=6 * math.sqrt(2))
     targets = in_every_layer(2 * R)
-    found = read_adapter(tmp_path / "adapter", doubled, targets)
+    found = read_adapter(tmp_path / "adapter", doubled, targets).pairs
     for name, expected in change.items():
         A, B = found[name]
         torch.testing.assert_close(6 / math.sqrt(R) * (B @ A), expected, rtol=0, atol=1e-5)  # fp32 sums of 8 terms

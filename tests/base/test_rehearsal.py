@@ -54,6 +54,14 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gemma4_text": {**GEMMA, "global_head_dim": 8},
     "gemma3n_text": {**GEMMA, "activation_sparsity_pattern": None, "laurel_rank": 4},
     "bert": {**SIZES, "intermediate_size": 48},
+    "prophetnet": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_decoder_layers": 4,
+        "decoder_ffn_dim": 48,
+        "num_decoder_attention_heads": 4,
+        "is_encoder_decoder": False,
+    },
     "bert-generation": {**SIZES, "intermediate_size": 48},
     "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48},
     "cpmant": {
@@ -86,7 +94,7 @@ def skeleton(kind: str, tmp_path: Path, settings: ModelConfig | None = None, **c
     return build_skeleton(settings or config(), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert-generation", "xlnet", "cpmant"])
+@pytest.mark.parametrize("kind", ["bert", "bert-generation", "xlnet", "cpmant", "prophetnet"])
 def test_a_model_that_sees_later_tokens_is_refused(kind, tmp_path):
     rule = f"base: its model_type = '{kind}' sees the tokens that it is to predict: other tokens from position 6 on .*"
     with pytest.raises(ModelError, match=rule + "Give a model that predicts the next token"):

@@ -564,7 +564,7 @@ MODEL = {
     ),
     "sees what it predicts": (
         replaced(**BertConfig(**TINY).to_dict()),
-        ["model_type = 'bert' sees the tokens that it is to predict", "Give a causal language model"],
+        ["model_type = 'bert' sees the tokens that it is to predict", "Give a model that predicts the next token"],
     ),
     "quantised": (
         described(quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -10,15 +10,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Gemma3Config
 
-from lora_one_dist.commands import merge_adapter
+from lora_one_dist.commands import merge_adapter, plan
 from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
+from lora_one_dist.plan.prediction import predict
+from lora_one_dist.plan.shape import Cluster
 from tests import models, reference
 from tests.ranks import run_ranks, write_json_lines
 from tests.run.test_resume import losses_of, train_until
-from tests.runs import metrics, settings, train
+from tests.run.test_wrapped import WHOLE as WRAPPED
+from tests.runs import metrics, refused, settings, train
+from tools.bench import harness, phases
 
 NEW = ["<think>", "</think>", "<x>"]
 BOTH = ["embed_tokens", "lm_head"]
@@ -32,7 +36,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """By kind: tables apart and tied, without a row to spare; and tied with rows to spare."""
+    """By kind: tables apart and tied, without a row to spare; tied with rows to spare; and of a model that sees."""
     root = tmp_path_factory.mktemp("bases")
     for kind in ("apart", "tied"):
         model = models.llama(layers=2)
@@ -42,7 +46,19 @@ def bases(tmp_path_factory):
         model.save_pretrained(root / kind, max_shard_size="20KB")
         models.tokenizer("llama").save_pretrained(root / kind)
     models.save("qwen2", root / "spare")
-    return {kind: root / kind for kind in ("apart", "tied", "spare")}
+    torch.manual_seed(3)
+    AutoModelForImageTextToText.from_config(seeing()).save_pretrained(root / "sees")
+    models.tokenizer("llama").save_pretrained(root / "sees")
+    return {kind: root / kind for kind in ("apart", "tied", "spare", "sees")}
+
+
+def seeing() -> Gemma3Config:
+    """Towers beside a language model, whose tied embedding has a factor."""
+    given = WRAPPED["gemma3"]().to_dict()
+    given["text_config"]["vocab_size"] = models.VOCABULARY
+    return Gemma3Config(
+        **{key: given[key] for key in ("text_config", "vision_config", "mm_tokens_per_image")}, image_token_index=9
+    )
 
 
 def settings_of(base: Path, out: Path, **changes) -> dict:
@@ -54,7 +70,9 @@ def settings_of(base: Path, out: Path, **changes) -> dict:
 
 def plain(base: Path, adapter: Path | None, tokenizer: Path, **how):
     """What a user of PEFT would load: the base with as many rows as the tokenizer needs, and the adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sees = "vision_config" in json.loads((base / "config.json").read_text())
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = kind.from_pretrained(base, dtype=torch.float32)
     words = len(AutoTokenizer.from_pretrained(tokenizer))
     if words > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(words, mean_resizing=False)
@@ -108,6 +126,8 @@ CASES = [  # tables, settings, numbers of ranks
     ("apart", WHOLE, (2,)),
     pytest.param("apart", WHOLE, (1, 3), marks=full),
     pytest.param("tied", WHOLE, (1, 2, 3), marks=full),
+    pytest.param("sees", {}, (2,), marks=full),
+    pytest.param("sees", WHOLE, (2,), marks=full),
     pytest.param("apart", {"lora__modules_to_save": ["lm_head"], "lora__new_tokens": None}, (2,), marks=full),
 ]
 
@@ -134,7 +154,9 @@ def test_run(kind, changes, ranks, bases, tmp_path):
     print(
         f"losses {truth[0]:.4f} to {truth[-1]:.4f}, gaps {gaps}; PEFT {by_peft - last:.1e}, merged {merged - last:.1e}"
     )
-    assert config["vocab_size"] == (64 if kind == "spare" or changes.get("lora__new_tokens", NEW) is None else 67)
+    assert config.get("text_config", config)["vocab_size"] == (
+        64 if kind == "spare" or changes.get("lora__new_tokens", NEW) is None else 67
+    )
     # fp32 sums in another order, carried through 6 steps. Measured: 8e-7.
     assert max(gaps) <= 1e-5
     assert abs(by_peft - last) <= 1e-5
@@ -197,3 +219,50 @@ def test_a_tokenizer_with_more_tokens_than_the_model(bases, tmp_path):
     for folder, out, new in ((base, tmp_path / "theirs", None), (bases["apart"], tmp_path / "ours", NEW)):
         run_ranks(1, train, settings_of(folder, out, lora__new_tokens=new, train__max_steps=2))
     assert losses_of(tmp_path / "theirs") == losses_of(tmp_path / "ours")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("changes", [{}, WHOLE], ids=["rows", "whole"])
+def test_begins_from_an_adapter_with_tables(changes, bases, tmp_path):
+    run_ranks(2, train, settings_of(bases["apart"], tmp_path / "first", **changes, train__max_steps=2))
+    given = tmp_path / "first" / "adapter"
+    again = {**changes, "init__adapter": str(given), "train__max_steps": 0}
+    run_ranks(2, train, settings_of(bases["apart"], tmp_path / "second", **again))
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (given, tmp_path / "second" / "adapter_init"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other = settings_of(bases["apart"], tmp_path / "third", **again | {"lora__new_tokens": ["<think>"]})
+    assert "its rows of model.embed_tokens are others than the" in run_ranks(1, refused, other)[0]
+    none = settings_of(bases["apart"], tmp_path / "third", init__adapter=str(given), lora__new_tokens=None)
+    assert "merge it with tools/merge_adapter.py" in run_ranks(1, refused, none)[0]
+
+
+@pytest.mark.full
+def test_another_run_is_refused(bases, tmp_path):
+    """By setting, and where the tokenizer has got more tokens."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["apart"], base)
+    run_ranks(1, train, settings_of(base, tmp_path / "run", train__max_steps=1))
+    more = settings_of(base, tmp_path / "run", train__max_steps=1, lora__new_tokens=[*NEW, "<y>"])
+    assert "lora.new_tokens is" in run_ranks(1, refused, more)[0]
+    tokenizer = models.tokenizer("llama")
+    tokenizer.add_tokens(["<y>"])
+    tokenizer.save_pretrained(base)
+    assert "trained rows" in run_ranks(1, refused, settings_of(base, tmp_path / "run", train__max_steps=1))[0]
+
+
+@pytest.mark.full
+def test_peak_memory_and_wire_are_the_plans(tmp_path):
+    """Of both forms on two ranks, 29 M parameters: every phase within 10 % of what is planned, and a step's wire."""
+    harness.make_model(tmp_path / "base", phases.MODELS["30M"])
+    for lora in ({"new_tokens": [f"<{i}>" for i in range(1000)]}, {"modules_to_save": BOTH}):
+        raw = phases.write_run(tmp_path, "base", 2, "world", phases.ZERO, length=128)
+        raw["lora"] |= lora
+        config = parse_config(raw)
+        cluster = Cluster(1, 2, bytes_per_rank=1e12, backend="gloo")
+        prediction = predict(plan.shape_of(config), config, cluster)
+        found = phases.compare(run_ranks(2, phases.measure, raw, False)[0], prediction, False)
+        ratios = {row["phase"]: round(row["peak ratio"], 3) for row in found}
+        print(list(lora), ratios, "wire of a step", round(found[-1]["all ratio"], 3))
+        assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values())
+        assert 0.9 <= found[-1]["all ratio"] <= 1.1
