@@ -85,7 +85,7 @@ def plan_tables(model: Any, lora: LoraConfig, targets: Sequence[Target], new: Se
     if not new and not lora.modules_to_save:
         return []
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _refuse_kinds(lora, embedding, head)
+    _refuse_kinds(lora, model, embedding, head)
     names = {id(module): name for name, module in model.named_modules()}
     tables = {names[id(embedding)]: embedding, names[id(head)]: head}
     _refuse_names(lora, tables, targets)
@@ -107,10 +107,14 @@ def plan_tables(model: Any, lora: LoraConfig, targets: Sequence[Target], new: Se
     ]
 
 
-def _refuse_kinds(lora: LoraConfig, embedding: Any, head: Any) -> None:
+def _refuse_kinds(lora: LoraConfig, model: Any, embedding: Any, head: Any) -> None:
     """Raise ModelError for tables that do more, or other things, than a lookup and a product."""
     fault = None
-    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+    others = [name for name, module in model.named_modules() if module is not embedding and module is not head]
+    shared = [name for name in others if getattr(model.get_submodule(name), "weight", None) is embedding.weight]
+    if shared:  # T5's two stacks
+        fault = f"{shared[0]} shares its embedding's weight"
+    elif not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         fault = f"its embedding is a {type(embedding).__name__}, not a plain one"
     elif type(embedding) is not nn.Embedding and not hasattr(embedding, "embed_scale"):
         fault = f"its embedding is a {type(embedding).__name__}, which does more than look up"

@@ -61,9 +61,15 @@ def with_norm(model):
     model.set_input_embeddings(nn.Embedding(64, 32, max_norm=1.0))
 
 
+def with_two_stacks(model):
+    model.decoder_tokens = nn.Embedding(64, 32)
+    model.decoder_tokens.weight = model.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize(
     ("change", "lora", "message"),
     [
+        (with_two_stacks, {"modules_to_save": BOTH}, "cannot be trained: decoder_tokens shares its embedding's weight"),
         (with_bias, {"new_tokens": ["<a>"]}, r"new_tokens = \['<a>'\]: rows of this model cannot be trained: .*a bias"),
         (with_norm, {}, "a tokenizer with more tokens than the model: rows of this model cannot be trained"),
         (with_other_embedding, {}, "embed_tokens_per_layer has a row for each of the 64 tokens too"),
