@@ -168,10 +168,14 @@ def _init_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [rows[i] for i in batches.global_batch(len(rows), SAMPLES, 0, TrainConfig().seed)]
 
 
-def _sample(tokenizer: Any, row: dict[str, str]) -> tuple[torch.Tensor, int]:
+def _targets(model: Any, tokenizer: Any, row: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (t, V) of a row's targets (t,), and these."""
     prompt = tokenizer(row["prompt"])["input_ids"]
-    ids = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
-    return torch.tensor([ids]), len(prompt)
+    if model.config.is_encoder_decoder:
+        answer = torch.tensor(tokenizer(text_target=row["completion"] + tokenizer.eos_token)["input_ids"])
+        return model(input_ids=torch.tensor([prompt]), labels=answer[None], use_cache=False).logits[0], answer
+    ids = torch.tensor([*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id])
+    return model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1], ids[len(prompt) :]
 
 
 def _sums(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[Any, int]:
@@ -179,10 +183,9 @@ def _sums(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> tuple[Any, 
     total: Any = 0.0
     count = 0
     for row in rows:
-        ids, start = _sample(tokenizer, row)
-        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum")
-        count += ids.shape[1] - start
+        logits, answer = _targets(model, tokenizer, row)
+        total = total + torch.nn.functional.cross_entropy(logits, answer, reduction="sum")
+        count += len(answer)
     return total, count
 
 
