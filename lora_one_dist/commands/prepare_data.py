@@ -5,6 +5,7 @@
     python tools/prepare_data.py code_feedback --source m-a-p/CodeFeedback-Filtered-Instruction --out data/code_feedback
     python tools/prepare_data.py commonsense --source /data/commonsense_170k.json --out data/commonsense
     python tools/prepare_data.py alpaca --source yahma/alpaca-cleaned --out data/alpaca --format chat
+    python tools/prepare_data.py glue_mnli --source nyu-mll/glue --out data/glue_mnli
 
 --source is a hub name, a folder, or a file ending in .json, .jsonl, .parquet or .csv. Rows keep their order, but for
 commonsense, which its authors shuffle. Each row is {"prompt": ..., "completion": ...} with the papers' template around
@@ -20,6 +21,7 @@ why, and the SHA-256 of what it wrote, which SHA256SUMS holds too. The folder ap
 | commonsense    | all                                                 | all but 120 | 120, by seed 42               |
 | alpaca         | all                                                 | all         | none                          |
 | gsm8k          | all, final numbers without commas, no <<...>>       | train split | test split                    |
+| glue_mnli, ... | all with a label, which is written as a word        | train split | validation (matched) split    |
 
 Filters, order and templates are those of data.py in YuanheZ/LoRA-One (arXiv 2502.01235) and Outsider565/LoRA-GA (arXiv
 2407.05000), whose shuffle(seed=42) of metamath and code_feedback is without effect: its result is not used. Tokens are
@@ -34,7 +36,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,9 @@ ALPACA_INTRODUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 CALCULATION = re.compile(r"<<[^<>]*>>")  # of GSM8K's calculator
+SIMILARITY = "semantic similarity of the text"  # so LoRA-GA's data.py calls entailment, too
 FINAL_NUMBER = re.compile(r"(?<=####)[^\n]*$")
+LABEL = "label"  # GLUE's column of a number; -1: not told
 
 Row = Mapping[str, str]
 
@@ -78,6 +82,12 @@ class Recipe:
     """Rows to keep for training; none: all."""
     held_out: int = 0
     """Rows after those, for evaluation."""
+    held_split: str | None = None
+    """Or a split of its own."""
+    configuration: str | None = None
+    """Of the hub's data set, and of its clone the folder, where it has several."""
+    labels: tuple[str, ...] = ()
+    """What the numbers in LABEL mean."""
 
 
 @dataclass
@@ -123,6 +133,22 @@ def _metamath(**filters: Any) -> Recipe:
     )
 
 
+def _glue(task: str, what: str, columns: tuple[str, ...], labels: tuple[str, ...], held: str = "validation") -> Recipe:
+    def question(row: Row) -> str:
+        return f"classify the {what}: " + "\n".join(row[column] for column in columns)
+
+    return Recipe(
+        columns=(*columns, LABEL),
+        prompt=lambda row: f"{question(row)}\nresult:",  # theirs ends with a space, which T5's tokenizer drops
+        question=question,
+        answer=lambda row: row[LABEL],
+        drop=lambda row: None if row[LABEL] else "without a label",
+        held_split=held,
+        configuration=task,
+        labels=labels,
+    )
+
+
 ALPACA = Recipe(
     columns=("instruction", "input", "output"),
     prompt=alpaca_prompt,
@@ -152,6 +178,24 @@ RECIPES = {
         question=lambda row: row["question"],
         answer=gsm8k_answer,
         drop=lambda row: None if "####" in row["answer"] else "no ####",
+        held_split="test",
+        configuration="main",
+    ),
+    "glue_cola": _glue("cola", "grammaticality of the text", ("sentence",), ("unacceptable", "acceptable")),
+    "glue_sst2": _glue("sst2", "sentiment of the text", ("sentence",), ("negative", "positive")),
+    "glue_mrpc": _glue("mrpc", SIMILARITY, ("sentence1", "sentence2"), ("different", "equivalent")),
+    "glue_qnli": _glue(
+        "qnli",
+        "semantic similarity of the question and the sentence",
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+    ),
+    "glue_mnli": _glue(
+        "mnli",
+        SIMILARITY,
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        held="validation_matched",
     ),
 }
 
@@ -181,19 +225,22 @@ def refuse_idle(arguments: argparse.Namespace) -> None:
 
 def read(name: str, source: str, split: str) -> Rows:
     """A split of the source, whose rows have the columns that the recipe reads."""
-    path = Path(source)
-    if name == "gsm8k" and path.is_file():
-        rule = "is one file, gsm8k has a split to train on and one to test"
+    path, recipe = Path(source), RECIPES[name]
+    if recipe.held_split and path.is_file():
+        rule = f"is one file, {name} has a split to train on and one to test"
         raise ConversionError(f"--source {source}: {rule}. Give the folder that holds both.")
-    if name == "gsm8k" and path.is_dir() and (path / "main").is_dir():
-        path = path / "main"  # a clone of the hub's repository, which holds a second version too
-    if name == "gsm8k" and not path.exists():
-        rows = _hub_configuration(source, "main", split)
+    if recipe.configuration and (path / recipe.configuration).is_dir():
+        path = path / recipe.configuration  # a clone of the hub's repository, which holds others too
+    own = sorted(str(file) for file in path.iterdir() if re.match(rf"{split}[-.]", file.name)) if path.is_dir() else []
+    if recipe.configuration and not path.exists():
+        rows = _hub_configuration(source, recipe.configuration, split)
+    elif recipe.held_split and own:
+        rows = load_rows(own, split, None)
     else:
         rows = load_rows(str(path) if path.exists() else source, split, None)
-    missing = [column for column in RECIPES[name].columns if column not in rows.column_names]
+    missing = [column for column in recipe.columns if column not in rows.column_names]
     if missing:
-        value = f"--source {source}: has columns {rows.column_names}, {name} needs {list(RECIPES[name].columns)}"
+        value = f"--source {source}: has columns {rows.column_names}, {name} needs {list(recipe.columns)}"
         raise ConversionError(f"{value}; missing: {missing}. Give the original data set, or rename its columns.")
     return rows
 
@@ -208,14 +255,18 @@ def _hub_configuration(source: str, configuration: str, split: str) -> Rows:
         raise ConversionError(f"{value}. Check name and network, or give a folder.") from error
 
 
-def checked(rows: Rows, columns: Sequence[str], source: str) -> Iterator[dict[str, Any]]:
-    """Rows of text, these columns alone.  Raises ConversionError for one that holds anything else."""
+def checked(rows: Rows, recipe: Recipe, source: str) -> Iterator[dict[str, Any]]:
+    """Rows of text, the recipe's columns alone.  Raises ConversionError for one that holds anything else."""
+    words: dict[Any, str] = {-1: "", **dict(enumerate(recipe.labels))}
     for number, whole in enumerate(rows):
-        row = {column: whole.get(column) for column in columns}
+        row = {column: whole.get(column) for column in recipe.columns}
+        if recipe.labels:
+            row[LABEL] = words.get(row[LABEL], row[LABEL])
         for column, value in row.items():
             if not isinstance(value, str):
                 place = place_of(source, number)
-                rule = f"{column} = {value!r:.80}, must be text. Mend the row, or take it out"
+                form = f"0 to {len(recipe.labels) - 1}, or -1" if column == LABEL and recipe.labels else "text"
+                rule = f"{column} = {value!r:.80}, must be {form}. Mend the row, or take it out"
                 raise ConversionError(f"{place}: {rule}.")
         yield row
 
@@ -234,7 +285,7 @@ def select(recipe: Recipe, rows: Rows, source: str, form: str, tokenizer: Any, f
     wanted = None if recipe.train is None else recipe.train + recipe.held_out
     kept: list[dict[str, Any]] = []
     batch: list[dict[str, str]] = []
-    for number, row in enumerate(checked(rows, recipe.columns, source), start=1):
+    for number, row in enumerate(checked(rows, recipe, source), start=1):
         found.read += 1
         reason = recipe.drop(row)
         if reason is not None:
@@ -266,7 +317,7 @@ def _below(recipe: Recipe, rows: list[dict[str, str]], tokenizer: Any) -> list[d
 def prepare(name: str, source: str, form: str, seed: int, tokenizer: Any) -> Prepared:
     """Rows by file.  Raises ConversionError or data.DataError: what cannot be read, or is not what the name says."""
     recipe, found = RECIPES[name], Prepared({})
-    splits = {"train": "train", "eval": "test"} if name == "gsm8k" else {"train": "train"}
+    splits = {"train": "train"} | ({"eval": recipe.held_split} if recipe.held_split else {})
     for part, split in splits.items():
         rows = read(name, source, split)
         if name == "commonsense":
@@ -292,7 +343,7 @@ def _commonsense(rows: Rows, source: str, form: str, seed: int, found: Prepared)
     if len(rows) <= COMMONSENSE_HELD_OUT:
         rule = f"must be more than the {COMMONSENSE_HELD_OUT} that are held out"
         raise ConversionError(f"--source {source}: {len(rows)} rows, {rule}. Give commonsense_170k.json.")
-    held = list(checked(rows, ALPACA.columns, source))
+    held = list(checked(rows, ALPACA, source))
     found.read = len(held)
     split = Dataset.from_list(held).train_test_split(test_size=COMMONSENSE_HELD_OUT, shuffle=True, seed=seed)
     return {part: [written(ALPACA, row, form) for row in split[of]] for part, of in COMMONSENSE_PARTS.items()}

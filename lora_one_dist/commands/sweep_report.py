@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from lora_one_dist.commands import markdown
 
 SEED = "train.seed"
-HIGHER_IS_BETTER = ("exact_match",)
+HIGHER_IS_BETTER = ("exact_match", "matthews")
 
 
 class Point(Protocol):
@@ -89,7 +89,7 @@ def best(of: Sequence[Cell], metric: str) -> list[Cell]:
 
 def tables(found: Sequence[Mapping[str, Any]], metric: str, x: str) -> str:
     """Every run, and the best x of every group with mean and spread over its seeds."""
-    measures = list(dict.fromkeys(key for row in found for key in ("eval_loss", "exact_match") if key in row))
+    measures = list(dict.fromkeys(key for row in found for key in ("eval_loss", *HIGHER_IS_BETTER) if key in row))
     every = [
         {**row["labels"], **{key: row.get(key) for key in measures}, "seconds": row.get("seconds"), "": row["status"]}
         for row in found

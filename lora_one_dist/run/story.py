@@ -113,7 +113,7 @@ def _from_load_to_summary(
 
 
 def _conclude(config: Config, record: metrics.RunFolder, summary: dict[str, Any]) -> None:
-    names = {"eval_loss": "held-out loss", "exact_match": "held-out exact match"}
+    names = {"eval_loss": "held-out loss", "exact_match": "held-out exact match", "matthews": "held-out Matthews"}
     compared = [
         (names[key], summary["before"].get(key), summary["after"].get(key)) for key in names if key in summary["after"]
     ]

@@ -5,7 +5,9 @@ In: the model with its adapters, held-out tokens and prompts.  Out: numbers, the
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +58,31 @@ def evaluate(base: Base, config: Config, held: Held | None, progress: Progress, 
         values = {"eval_loss": float(comm.all_sum(loss.cpu())) / held.tokens.num_targets}
         if answers and held.prompts:
             with varlen.generating(base.module):
-                values["exact_match"] = _exact_match(base, config, held, progress)
+                values |= _answer_all(base, config, held, progress)
     base.release_all()
     return values
 
 
-def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> float:
-    """Share of held-out prompts whose greedy answer equals the reference's, in [0, 1]."""
+def scores(asked: torch.Tensor, answered: torch.Tensor, right: float) -> dict[str, float]:
+    """The share of right answers, in [0, 1]; where references are two words, as CoLA's, also Matthews correlation.
+
+    Args:
+        asked, answered: how often each word was the reference, and the answer; of answers, what is neither comes last,
+            a class of its own.
+
+    Pure.  Source: Gorodkin, Computational Biology and Chemistry 28 (2004), R_K.
+    """
+    total = float(asked.sum())
+    values = {"exact_match": right / total}
+    if len(asked) == 2:
+        covariance = right * total - float((asked * answered[:2]).sum())
+        spread = (total**2 - float((answered**2).sum())) * (total**2 - float((asked**2).sum()))
+        values["matthews"] = covariance / math.sqrt(spread) if spread > 0 else 0.0
+    return values
+
+
+def _answer_all(base: Base, config: Config, held: Held, progress: Progress) -> dict[str, float]:
+    """Scores of greedy answers to the held-out prompts, against their references."""
     pattern, tokenizer = config.train.exact_match_pattern, held.tokenizer
     of_two = has_encoder(base.module)  # then padded as in training, and what is written has no prompt in front
     how: dict[str, Any] = {"num_beams": 1} if of_two else {}  # some bring another number, and answers are greedy
@@ -70,7 +90,9 @@ def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> 
     def beside(pads: list[int], real: list[int]) -> list[int]:
         return real + pads if of_two else pads + real
 
-    right = torch.zeros((), dtype=torch.float64)
+    asked_of = Counter(_answer(reference, pattern) for _, reference in held.prompts)
+    place = {word: i for i, word in enumerate(asked_of)}
+    counts = torch.zeros(len(place) + 2, dtype=torch.float64)  # of answers: each word, others, and right ones
     dealt = batches.deal(len(held.prompts), GENERATION_BATCH, comm.world_size(), comm.rank())
     for done, positions in enumerate(dealt, start=1):
         asked = [held.prompts[i] for i in positions or [0]]
@@ -92,10 +114,13 @@ def _exact_match(base: Base, config: Config, held: Held, progress: Progress) -> 
         )
         texts = tokenizer.batch_decode(written if of_two else written[:, width:], skip_special_tokens=True)
         if positions:
-            answers = zip(texts, (reference for _, reference in asked), strict=True)
-            right += sum(_answer(text, pattern) == _answer(reference, pattern) for text, reference in answers)
+            for text, (_, reference) in zip(texts, asked, strict=True):
+                answer = _answer(text, pattern)
+                counts[place.get(answer, len(place))] += 1
+                counts[-1] += answer == _answer(reference, pattern)
         progress("exact match, batches of answers", done, len(dealt))
-    return float(comm.all_sum(right)) / len(held.prompts)
+    *_, right = comm.all_sum(counts).tolist()
+    return scores(torch.tensor([*asked_of.values()], dtype=torch.float64), counts[:-1], right)
 
 
 def _answer(text: str, pattern: str | None) -> str:

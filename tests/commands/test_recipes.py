@@ -26,6 +26,7 @@ FIXTURES = Path("tests/fixtures/recipes")
 SOURCES = {  # rows with the columns of the data set of that name
     "meta-math/MetaMathQA": "metamath.jsonl",
     "openai/gsm8k": "gsm8k",
+    "nyu-mll/glue": "glue",
     "m-a-p/CodeFeedback-Filtered-Instruction": "code_feedback.jsonl",
     "yahma/alpaca-cleaned": "alpaca.json",
     "HuggingFaceH4/ultrachat_200k": "ultrachat.jsonl",
@@ -257,7 +258,7 @@ def test_exact_match_finds_the_answers_of_the_evaluation_data(path, prepare):
     tokenizer = build_tokenizer()
     prompts = load_eval_prompts(rows, tokenizer, config.data, range(len(rows)), config.data.eval)
     evaluate.refuse_unmatched(pattern, prompts, range(len(rows)), config.data.eval)
-    if path.stem != "demo":
+    if pattern is not None and path.stem != "demo":
         known = CHOICES if "commonsense" in path.stem else GSM_ANSWERS
         assert {text: evaluate._answer(text, pattern) for text in known} == known
     if "gsm8k" in config.data.eval:
