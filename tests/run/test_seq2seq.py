@@ -198,6 +198,7 @@ def test_a_run_classifies_and_peft_and_a_merge_give_its_loss(model_folder, tmp_p
     first, last = metrics(out)[0], metrics(out)[-1]
     assert first["exact_match"] < 0.1
     assert last["exact_match"] > 0.9
+    assert first["matthews"] < 0.1 < 0.8 < last["matthews"]
     assert eval_loss(folder, out / "adapter") == pytest.approx(last["eval_loss"], abs=1e-5)
     merge.run(merge.plan(folder, out / "adapter"), tmp_path / "merged")
     assert eval_loss(tmp_path / "merged", None) == pytest.approx(last["eval_loss"], abs=1e-5)
