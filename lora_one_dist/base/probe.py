@@ -91,29 +91,29 @@ def _ids() -> torch.Tensor:
     return torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
 
 
+def _run(model: Any, ids: torch.Tensor, found: Pass, **given: Any) -> None:
+    """Forward and back, of two stacks each on the ids."""
+    if has_encoder(model):
+        given = {"decoder_input_ids": ids}
+    _back(model(input_ids=ids, **given, use_cache=False).logits, found)
+
+
 def _with_a_cache(model: Any, found: Pass) -> None:
     """With an empty cache transformers does not ask the positions whether they are of a packed row."""
-    given: dict[str, Any] = {"past_key_values": DynamicCache(config=model.config)}
-    if has_encoder(model):
-        given = {"decoder_input_ids": _ids()}
-    _back(model(input_ids=_ids(), **given, use_cache=False).logits, found)
+    _run(model, _ids(), found, past_key_values=DynamicCache(config=model.config))
 
 
 def _faked(model: Any, found: Pass) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        ids = mode.from_tensor(_ids())
-        given = {"decoder_input_ids": ids} if has_encoder(model) else {}
-        _back(model.to(torch.bfloat16)(input_ids=ids, **given, use_cache=False).logits, found)
+        _run(model.to(torch.bfloat16), mode.from_tensor(_ids()), found)
 
 
 def _thinly(model: Any, found: Pass) -> None:
     fill_thinly(model)
     with ThinProducts(), torch.random.fork_rng(devices=[]):
-        ids = torch.arange(TOKENS)[None]
-        given = {"decoder_input_ids": ids} if has_encoder(model) else {}
-        _back(model(input_ids=ids, **given, use_cache=False).logits, found)
+        _run(model, torch.arange(TOKENS)[None], found)
 
 
 def _back(logits: torch.Tensor, found: Pass) -> None:

@@ -260,15 +260,14 @@ def checked(rows: Rows, recipe: Recipe, source: str) -> Iterator[dict[str, Any]]
     words: dict[Any, str] = {-1: "", **dict(enumerate(recipe.labels))}
     for number, whole in enumerate(rows):
         row = {column: whole.get(column) for column in recipe.columns}
-        if recipe.labels:
-            row[LABEL] = words.get(row[LABEL], row[LABEL])
         for column, value in row.items():
-            if not isinstance(value, str):
+            is_label = column == LABEL and bool(recipe.labels)
+            if not (type(value) is int and value in words if is_label else isinstance(value, str)):
                 place = place_of(source, number)
-                form = f"0 to {len(recipe.labels) - 1}, or -1" if column == LABEL and recipe.labels else "text"
+                form = f"0 to {len(recipe.labels) - 1}, or -1" if is_label else "text"
                 rule = f"{column} = {value!r:.80}, must be {form}. Mend the row, or take it out"
                 raise ConversionError(f"{place}: {rule}.")
-        yield row
+        yield row | ({LABEL: words[row[LABEL]]} if recipe.labels else {})
 
 
 def written(recipe: Recipe, row: Row, form: str) -> dict[str, Any]:

@@ -310,9 +310,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--points", type=paths.argument, help="YAML list of settings, each combined with the grid")
     parser.add_argument("--at_once", type=int, default=1, help="runs at one time, without GPUs (1)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
-    parser.add_argument(
-        "--metric", default="eval_loss", choices=["eval_loss", "exact_match", "matthews"], help="to choose by"
-    )
+    metrics = ["eval_loss", *sweep_report.HIGHER_IS_BETTER]
+    parser.add_argument("--metric", default="eval_loss", choices=metrics, help="to choose by")
     parser.add_argument("--x", default="optim.lr", help="the setting that is chosen and plotted along (optim.lr)")
     parser.add_argument("settings", nargs="*", metavar="key.sub=value[,value...]")
     return parser.parse_intermixed_args(argv)

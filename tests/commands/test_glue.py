@@ -36,12 +36,13 @@ def test_labels_become_words_and_the_matched_split_is_held_out(tmp_path):
     }
 
 
-def test_a_label_of_another_task_is_refused(tmp_path):
+@pytest.mark.parametrize(("label", "shown"), [("2", "2"), ('"yes"', "'yes'"), ("true", "True"), ("[1]", "[1]")])
+def test_a_label_of_another_task_is_refused(label, shown, tmp_path):
     shutil.copytree(FIXTURES / "cola", tmp_path / "cola")
-    (tmp_path / "cola/train.jsonl").write_text('{"sentence": "It is.", "label": 2}\n')
+    (tmp_path / "cola/train.jsonl").write_text(f'{{"sentence": "It is.", "label": {label}}}\n')
     done, _ = prepared("glue_cola", tmp_path, tmp_path / "out")
     assert done.returncode == 1
-    assert "row 0 (the first is 0): label = 2, must be 0 to 1, or -1. Mend the row" in done.stderr
+    assert f"row 0 (the first is 0): label = {shown}, must be 0 to 1, or -1. Mend the row" in done.stderr
 
 
 def naive(references: list[int], answers: list[int]) -> float:
