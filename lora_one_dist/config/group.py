@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from lora_one_dist.config.paths import PathError, expanded
 
 
 class Group(BaseModel):
@@ -11,3 +14,15 @@ class Group(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+def _expanded(given: str | list[str] | None) -> str | list[str] | None:
+    try:
+        if isinstance(given, list):
+            return [expanded(path) for path in given]
+        return None if given is None else expanded(given)
+    except PathError as error:
+        raise PydanticCustomError("path", "{fault}", {"fault": str(error)}) from error
+
+
+AsPath = AfterValidator(_expanded)  # of a setting that is a path, several, or another name

@@ -12,20 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
-from lora_one_dist.config.group import Group
+from lora_one_dist.config.group import AsPath, Group
+from lora_one_dist.config.initialise import COMPENSATED_METHODS, DEFAULT_GAMMA, InitConfig
 from lora_one_dist.config.lora import LoraConfig
-from lora_one_dist.config.paths import PathError, expanded
+from lora_one_dist.config.optim import OptimConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
-DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
-DEFAULT_GAMMA = {"lora_one": 128.0, "lora_one_v1": 64.0, "lora_ga": 16.0}
-GRADIENT_METHODS = tuple(DEFAULT_GAMMA)
-COMPENSATED_METHODS = ("lora_one_v1", "lora_ga", "pissa")
 
 
 def names_files(source: str | list[str] | None) -> bool:
@@ -41,23 +36,9 @@ def _stage_of(path: str) -> int | None:
         return None
 
 
-def _expanded(given: str | list[str] | None) -> str | list[str] | None:
-    try:
-        if isinstance(given, list):
-            return [expanded(path) for path in given]
-        return None if given is None else expanded(given)
-    except PathError as error:
-        raise PydanticCustomError("path", "{fault}", {"fault": str(error)}) from error
-
-
-AsPath = AfterValidator(_expanded)  # of a setting that is a path, several, or another name
 _NO_DATA_SET = "has no data set to apply to. Leave it out."
 _EVALUATES = ("data.eval", "data.eval_fraction")
-_FROM_A_METHOD = only_with("init.adapter", None, otherwise="has no effect with init.adapter. Leave one of them out.")
-_BY_GRADIENT = only_with("init.method", *GRADIENT_METHODS)
-_BY_SVD = not_with("init.method", "lora")
 _GENERATES = not_with("train.exact_match_samples", 0)
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Group):
@@ -151,81 +132,6 @@ class DataConfig(Group):
         """Those that ``prompt`` and ``completion`` name."""
         fields = string.Formatter().parse(self.prompt + self.completion)
         return list(dict.fromkeys(field[1] for field in fields if field[1]))
-
-
-class InitConfig(Group):
-    """How the adapters start."""
-
-    method: Annotated[Literal["lora_one", "lora_one_v1", "lora_ga", "pissa", "lora"], _FROM_A_METHOD] = "lora_one"
-    """lora_one: arXiv 2502.01235v3; lora_one_v1: its first form; lora_ga: arXiv 2407.05000; pissa: arXiv 2404.02948;
-    lora: Kaiming A, zero B."""
-    adapter: Annotated[str | None, AsPath] = None
-    """PEFT folder to start from instead of a method."""
-    num_samples: Annotated[int, _FROM_A_METHOD, _BY_GRADIENT] = Field(8, ge=1)
-    """Training samples in the one-step gradient, at least 1; the authors take 8."""
-    micro_batch_size: Annotated[int | None, _FROM_A_METHOD, _BY_GRADIENT] = Field(None, ge=1)
-    """Samples per forward pass and rank in the gradient phase, at least 1; none: train.micro_batch_size. It matters to
-    the result with average micro_batch alone."""
-    average: Annotated[Literal["token", "micro_batch"], _FROM_A_METHOD, _BY_GRADIENT] = "token"
-    """token: mean over all target tokens; micro_batch: mean of the micro-batches' means, as the authors do."""
-    gamma: Annotated[float | None, _FROM_A_METHOD, _BY_GRADIENT] = Field(None, gt=0)
-    """Scale of the initial adapters (larger is smaller), above 0; default 128 lora_one, 64 lora_one_v1, 16 lora_ga."""
-    buffer: Annotated[Literal["device", "host"], _FROM_A_METHOD, _BY_SVD] = "device"
-    """Where an owner keeps the fp32 gradients of its layers between the backward passes and the SVDs."""
-    layer_groups: Annotated[int, _FROM_A_METHOD, _BY_SVD] = Field(1, ge=1)
-    """Passes over the same batch, each for 1/K of the layers: owner memory divided by K, for K forward passes and
-    (K + 1) / 2 backward."""
-    halves: Annotated[bool, _FROM_A_METHOD, _BY_GRADIENT] = False
-    """Report the overlap of the top-r spaces of the batch's two halves: do the samples suffice? Costs twice the owner's
-    gradient memory, three SVDs a layer instead of one, and a second pass where one micro-batch a rank would do."""
-    svd_tolerance: Annotated[float, _FROM_A_METHOD, _BY_SVD] = Field(1e-3, gt=0, le=0.1)
-    """Certified error of a top space above which its SVD iterates further, in (0, 0.1]; a wide bound on the angle."""
-
-
-class OptimConfig(Group):
-    """The update of the adapters."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: decoupled weight decay and bias correction; sgd: plain, decoupled weight decay."""
-    lr: float = Field(2e-4, gt=0)
-    """Peak learning rate, above 0."""
-    lr_ratio_b: float = Field(1.0, gt=0)
-    """LoRA+ (arXiv 2402.12354): learning rate of lora_B over that of lora_A; 1 is plain LoRA."""
-    betas: Annotated[tuple[Decay, Decay], only_with("optim.name", "adamw")] = (0.9, 0.999)
-    """AdamW's moment decays, each in [0, 1)."""
-    eps: Annotated[float, only_with("optim.name", "adamw")] = Field(1e-8, gt=0)
-    """AdamW's epsilon, above 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay, at least 0."""
-    preconditioner: Literal["rescaled", "riemannian", "none"] | None = None
-    """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
-    paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need, and fading
-    with the rate (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
-    damping: Annotated[
-        float | None,
-        not_with("optim.preconditioner", "none"),
-        not_with(
-            "optim.preconditioner", None, otherwise="needs optim.preconditioner beside it: its unit depends on it."
-        ),
-    ] = Field(None, gt=0)
-    """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, at the peak rate (it
-    grows as the rate falls), default 1; riemannian: as it is, default 1e-6; values in papers span 1e-6 to 100."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up: linear or cosine to 0 at the last step, or constant."""
-    warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps of linear warm-up from 0, at least 0."""
-
-    @property
-    def form(self) -> str:
-        """The preconditioner in force: as given, or the optimizer's own default."""
-        return self.preconditioner or DEFAULT_FORM[self.name]
-
-    @property
-    def damping_in_force(self) -> float | None:
-        """``damping``, or the default of the preconditioner in force; without one: None."""
-        return self.damping if self.damping is not None else DEFAULT_DAMPING[self.form]
 
 
 class TrainConfig(Group):

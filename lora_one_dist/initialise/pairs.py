@@ -29,8 +29,9 @@ from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm, ownership
+from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.seeds import seed_of
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise import spectral
 from lora_one_dist.initialise.gradient import GradientError, MicroBatch, full_gradient
 

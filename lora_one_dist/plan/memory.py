@@ -36,7 +36,8 @@ from lora_one_dist.base.sharding import REUSE_DISTANCE, SLAB_BYTES, with_fetch_s
 from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster.hierarchy import EXCHANGE_BYTES
-from lora_one_dist.config.settings import COMPENSATED_METHODS, GRADIENT_METHODS, Config
+from lora_one_dist.config.initialise import COMPENSATED_METHODS, GRADIENT_METHODS
+from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise.gradient import IN_FLIGHT
 from lora_one_dist.initialise.pairs import singular_vectors_needed
 from lora_one_dist.initialise.spectral import FULL_BLOCKS, krylov_width

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise.pairs import singular_vectors_needed
 from lora_one_dist.initialise.spectral import krylov_width
 from lora_one_dist.plan.memory import BLOCKS_EXPECTED

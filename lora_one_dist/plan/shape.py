@@ -18,7 +18,8 @@ from lora_one_dist.base.recompute import most_blocks
 from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import LINEAR, Target
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.settings import Config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.settings import Config
 from lora_one_dist.plan.memory import kept_gathered
 from lora_one_dist.plan.shape import (
     Cluster,

@@ -14,7 +14,8 @@ from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, s
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config
+from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
 from lora_one_dist.data.samples import TokenData
 from lora_one_dist.initialise import gradient, pairs

@@ -22,7 +22,8 @@ from lora_one_dist.base.skeleton import local_folder
 from lora_one_dist.base.tables import Table, new_ids, plan_tables
 from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.cluster import comm
-from lora_one_dist.config.settings import GRADIENT_METHODS, Config, TrainConfig
+from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.settings import Config, TrainConfig
 from lora_one_dist.data import batches
 from lora_one_dist.data.cache import writable_cache
 from lora_one_dist.data.errors import DataError

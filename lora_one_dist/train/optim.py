@@ -33,7 +33,7 @@ from lora_one_dist.adapters.lora import Adapter
 from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm, hierarchy, ownership
-from lora_one_dist.config.settings import OptimConfig
+from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.initialise import spectral
 from lora_one_dist.train.rows import RowShardedTables
 from lora_one_dist.train.updates import adamw_, move_to_main_grad, sgd_

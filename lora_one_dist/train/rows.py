@@ -23,7 +23,7 @@ import torch
 
 from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.cluster import comm, hierarchy
-from lora_one_dist.config.settings import OptimConfig
+from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.initialise import spectral
 from lora_one_dist.train.updates import adamw_, move_to_main_grad, sgd_
 

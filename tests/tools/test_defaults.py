@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_one_dist.config.settings import OptimConfig
+from lora_one_dist.config.optim import OptimConfig
 from tests.ranks import run_ranks
 from tests.train.test_optim import train_pairs
 from tools.study import defaults, defaults_report, forms, hessian, train_form

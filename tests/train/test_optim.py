@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_one_dist.adapters.lora import Adapter
 from lora_one_dist.base.targets import Target
-from lora_one_dist.config.settings import OptimConfig
+from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.train import optim
 from tests import reference
 from tests.ranks import run_ranks
