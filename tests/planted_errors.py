@@ -70,13 +70,13 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                "            if config.damping_in_force is not None:\n"
-                '                pair = precondition(A, B, *pair, damping_at(lr, config), config.form == "rescaled")\n',
-                "            before = (A.clone(), B.clone())\n",
+                "            if config.damping_in_force is not None:\n                A, B =",
+                "            before = [value.clone() for value in values.values()]\n            if False:\n"
+                "                A, B =",
             ),
             (
-                "                    config.weight_decay,\n                )\n",
-                "                    config.weight_decay,\n                )\n"
+                "config.eps, config.weight_decay)\n",
+                "config.eps, config.weight_decay)\n            A, B = values.values()\n"
                 "            if config.damping_in_force is not None:\n"
                 '                rescale = config.form == "rescaled"\n'
                 "                moved = precondition(\n"
@@ -92,7 +92,7 @@ ERRORS = [
     Planted(
         "no clipping",
         "train/optim.py",
-        (("if self.config.max_grad_norm > 0:", "if self.config.max_grad_norm > 1e9:"),),
+        (("        if limit > 0:\n", "        if limit > 1e9:\n"),),
         "train/test_optim.py",
         "float64_loop",
     ),
@@ -119,7 +119,7 @@ ERRORS = [
     ),
     Planted(
         "B preconditioned by the already updated A",
-        "train/optim.py",
+        "train/precondition.py",
         (
             (
                 "        inverse_A, failed_A",
@@ -131,21 +131,21 @@ ERRORS = [
     ),
     Planted(
         "a damping that does not grow as the rate falls",
-        "train/optim.py",
+        "train/precondition.py",
         (("damping / max(lr / config.lr, FAINTEST) if", "damping if"),),
         "train/test_optim.py",
         "float64_loop and rescaled",
     ),
     Planted(
         "a rescaled gradient with the norm of all layers of a stack",
-        "train/optim.py",
+        "train/precondition.py",
         (("(torch.linalg.matrix_norm(t, keepdim=True, dtype=torch.float64) for t", "(t.double().norm() for t"),),
         "train/test_optim.py",
         "float64_loop",
     ),
     Planted(
         "an fp32 Gram",
-        "train/optim.py",
+        "train/precondition.py",
         (("_damped_inverse(B64.mT @ B64,", "_damped_inverse((B_i.mT @ B_i).double(),"),),
         "train/test_optim.py",
         "near_singular",
@@ -489,7 +489,7 @@ ERRORS = [
     Planted(
         "a layer group's graph starts a block too high",
         "initialise/gradient.py",
-        (("below = list(takewhile(", "below = stack[:1] + list(takewhile("),),
+        (("return list(takewhile(", "return list(sequence[:1]) + list(takewhile("),),
         "initialise/test_gradient.py",
         "first_block",
     ),

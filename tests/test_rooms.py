@@ -11,6 +11,8 @@ import tomllib
 from itertools import pairwise
 from pathlib import Path
 
+from tests import planted_errors
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_one_dist"
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
@@ -58,3 +60,13 @@ def test_files_and_functions_are_short():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION:
                 long.append(f"{path}:{node.name}")
     assert long == []
+
+
+def test_planted_errors_have_their_places():
+    lost = [
+        (error.name, old)
+        for error in planted_errors.ERRORS
+        for old, _ in error.edits
+        if old not in (ROOT / PACKAGE / error.file).read_text()
+    ]
+    assert lost == []

@@ -72,6 +72,11 @@ class Adapter:
     B: nn.Parameter
     weight: nn.Parameter
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names of ``target.trained``."""
+        return {"lora_A": self.A, "lora_B": self.B}
+
 
 def inject_adapters(base: Base, config: PeftLoraConfig, targets: Sequence[Target], dtype: str) -> list[Adapter]:
     """Put PEFT LoRA layers around the targets, outside ZeRO.  Not collective.  Returns them in target order."""

@@ -7,6 +7,7 @@ Pure; the same on every rank.
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,19 @@ class Target:
     """Of its name, where the last part alone would name other modules too; for PEFT, which goes by endings."""
 
     @property
-    def adapter(self) -> int:
-        """Adapter parameters."""
+    def pair(self) -> int:
+        """Elements of A and B."""
         return self.r * (self.m + self.n)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is trained of it, by the names that PEFT's layers have for it."""
+        return {"lora_A": (self.r, self.n), "lora_B": (self.m, self.r)}
+
+    @property
+    def adapter(self) -> int:
+        """Elements that are trained."""
+        return sum(map(math.prod, self.trained.values()))
 
 
 def find_targets(model: Any, lora: LoraConfig, rank_needed: int = 0, changes_base: bool = False) -> list[Target]:

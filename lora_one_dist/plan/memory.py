@@ -51,7 +51,7 @@ from lora_one_dist.plan.shape import (
     ranks_a_copy,
     tokens_of,
 )
-from lora_one_dist.train.optim import make_layout
+from lora_one_dist.train.layout import make_layout
 
 AROUND_NORM = 18  # bytes: the last norm's backward is in fp32 (measured)
 BLOCKS_EXPECTED = 6  # of a Krylov space; real gradients take 3 to 8
@@ -134,7 +134,7 @@ def memory_and_recomputed(
         base |= {"tables": e * sum(table.size for table in shape.tables), "base": min(base["base"], held)}
         shape = shape.frozen
     recomputed: dict[str, int] = {}
-    pairs = 4 * shape.adapter
+    pairs = 4 * shape.pairs
     if config.init.method in GRADIENT_METHODS:
         moments = _gradient_moments(shape, config, cluster, base)
         found["gradient"], recomputed["gradient"] = _with_blocks(shape, config, cluster, "gradient", moments)

@@ -60,8 +60,13 @@ class Shape:
 
     @property
     def adapter(self) -> int:
-        """Adapter parameters."""
+        """Elements of the adapters that are trained."""
         return sum(target.adapter for target in self.targets)
+
+    @property
+    def pairs(self) -> int:
+        """Elements of the adapters' pairs."""
+        return sum(target.pair for target in self.targets)
 
     @property
     def trained_head(self) -> Table | None:

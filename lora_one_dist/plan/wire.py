@@ -20,7 +20,7 @@ from lora_one_dist.plan.shape import (
     ranks_a_copy,
     share_below,
 )
-from lora_one_dist.train.optim import make_layout
+from lora_one_dist.train.layout import make_layout
 
 GLOO_SEGMENT_BYTES = 2**20  # gloo's kMaxSegmentSize
 
@@ -122,7 +122,7 @@ def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, W
             target = shape.targets[i]
             if config.init.method in GRADIENT_METHODS:
                 gradient += _to_owner(4 * target.m * target.n, owner, cluster) * passes
-            broadcast += _from_owner(4 * target.adapter, owner, cluster)
+            broadcast += _from_owner(4 * target.pair, owner, cluster)
     if config.init.method in GRADIENT_METHODS:
         found["gradient"] = gradient
     if config.init.method == "pissa":

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 
+class OptimizerError(RuntimeError):
+    """An adapter's gradient is missing or zero, or a preconditioner cannot be factorised."""
+
+
 def adamw_(
     parameter: torch.Tensor,
     grad: torch.Tensor,

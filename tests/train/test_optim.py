@@ -11,7 +11,7 @@ from torch import nn
 from lora_one_dist.adapters.lora import Adapter
 from lora_one_dist.base.targets import Target
 from lora_one_dist.config.optim import OptimConfig
-from lora_one_dist.train import optim
+from lora_one_dist.train import layout, optim, precondition
 from tests import reference
 from tests.ranks import run_ranks
 
@@ -132,7 +132,7 @@ def test_preconditioner_near_singular():
     A, B = near_singular(64).T.contiguous()[None], near_singular(96)[None]
     gA, gB = torch.randn(1, 8, 64, generator=generator), torch.randn(1, 96, 8, generator=generator)
     assert float(torch.linalg.cond(B.double().mT @ B.double())) >= 1e8
-    new_A, new_B = optim.precondition(A, B, gA, gB, 1e-6)
+    new_A, new_B = precondition.precondition(A, B, gA, gB, 1e-6)
     eye = 1e-6 * torch.eye(8, dtype=torch.float64)
     A64, B64 = A.double(), B.double()
     assert reference.relative(new_A, torch.linalg.inv(B64.mT @ B64 + eye) @ gA.double()) <= TOLERANCE
@@ -144,10 +144,10 @@ def test_preconditioner_takes_every_layer_of_a_stack(monkeypatch, rescale):
     """Of five layers two at a time: each as by itself, up to the order of fp64 sums."""
     generator = torch.Generator().manual_seed(7)
     stack = [torch.randn(5, *size, generator=generator) for size in ((R, 16), (24, R), (R, 16), (24, R))]
-    monkeypatch.setitem(optim.CHUNK, "cpu", 2 * R * (16 + 24))
-    new = optim.precondition(*stack, 1e-6, rescale)
+    monkeypatch.setitem(precondition.CHUNK, "cpu", 2 * R * (16 + 24))
+    new = precondition.precondition(*stack, 1e-6, rescale)
     for i in range(5):
-        alone = optim.precondition(*(tensor[i : i + 1] for tensor in stack), 1e-6, rescale)
+        alone = precondition.precondition(*(tensor[i : i + 1] for tensor in stack), 1e-6, rescale)
         for one, all_of_them in zip(alone, new, strict=True):
             assert reference.relative(all_of_them[i], one[0].double()) <= 1e-7
 
@@ -160,7 +160,7 @@ def test_preconditioner_is_invariant_to_the_factorisation():
     Q = torch.randn(R, R, generator=generator) + 3 * torch.eye(R)
 
     def moved(A, B):
-        dA, dB = optim.precondition(A, B, B.mT @ G, G @ A.mT, 1e-12)
+        dA, dB = precondition.precondition(A, B, B.mT @ G, G @ A.mT, 1e-12)
         return dB @ A + B @ dA
 
     assert reference.relative(moved(torch.linalg.inv(Q) @ A, B @ Q), moved(A, B)) <= 1e-4  # fp32 through cond(Q)
@@ -169,20 +169,20 @@ def test_preconditioner_is_invariant_to_the_factorisation():
 def test_rescaled_keeps_norms_and_does_not_see_the_size_of_the_pair():
     generator = torch.Generator().manual_seed(8)
     A, B, gA, gB = (torch.randn(2, *size, generator=generator) for size in ((R, 16), (24, R), (R, 16), (24, R)))
-    new = optim.precondition(A, B, gA, gB, 0.1, rescale=True)
+    new = precondition.precondition(A, B, gA, gB, 0.1, rescale=True)
     for got, raw in zip(new, (gA, gB), strict=True):
         torch.testing.assert_close(torch.linalg.matrix_norm(got), torch.linalg.matrix_norm(raw))
-    for got, same in zip(new, optim.precondition(A * 1e-3, B * 1e3, gA, gB, 0.1, rescale=True), strict=True):
+    for got, same in zip(new, precondition.precondition(A * 1e-3, B * 1e3, gA, gB, 0.1, rescale=True), strict=True):
         assert reference.relative(same, got.double()) <= TOLERANCE
-    new_A, new_B = optim.precondition(A, torch.zeros_like(B), torch.zeros_like(gA), gB, 1.0, rescale=True)
+    new_A, new_B = precondition.precondition(A, torch.zeros_like(B), torch.zeros_like(gA), gB, 1.0, rescale=True)
     assert not new_A.any(), "plain LoRA's first step"
     assert new_B.isfinite().all()
 
 
 def test_the_damping_grows_as_the_rate_falls():
     config = OptimConfig(lr=1e-2, preconditioner="rescaled", damping=2.0)
-    assert [optim.damping_at(lr, config) for lr in (1e-2, 2.5e-3, 0.0)] == pytest.approx([2.0, 8.0, 2e3])
-    assert optim.damping_at(1e-4, OptimConfig(lr=1e-2, preconditioner="riemannian", damping=0.5)) == 0.5
+    assert [precondition.damping_at(lr, config) for lr in (1e-2, 2.5e-3, 0.0)] == pytest.approx([2.0, 8.0, 2e3])
+    assert precondition.damping_at(1e-4, OptimConfig(lr=1e-2, preconditioner="riemannian", damping=0.5)) == 0.5
 
 
 def test_sgd_is_preconditioned_gradient_descent():
@@ -251,9 +251,10 @@ def test_learning_rates():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 11])
 def test_layout_places_every_pair_once(world_size):
     targets = [Target(str(i), *layer, 1.0) for i, layer in enumerate(LAYERS)]
-    layout = optim.make_layout(targets, world_size)
-    flat = torch.zeros(layout.share * world_size)
-    for i, (A, B) in layout.views(flat).items():
+    made = layout.make_layout(targets, world_size)
+    flat = torch.zeros(made.share * world_size)
+    for i, pair in made.views(flat).items():
+        A, B = pair["lora_A"], pair["lora_B"]
         assert A.shape == (RANKS[i], SHAPES[i][1])
         assert B.shape == (SHAPES[i][0], RANKS[i])
         A += 1

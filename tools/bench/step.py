@@ -111,24 +111,26 @@ def preconditioner_seconds(folder: Path, r: int, ranks: int, rounds: int) -> dic
     """Seconds of an optimizer step of one rank's share, with and without the preconditioner, alternately."""
     from lora_one_dist.base import loading
     from lora_one_dist.config.settings import LoraConfig, ModelConfig
-    from lora_one_dist.train import optim
+    from lora_one_dist.train.layout import make_layout
+    from lora_one_dist.train.precondition import precondition
+    from lora_one_dist.train.updates import adamw_
 
     settings = ModelConfig(path=str(folder / "model"), dtype="fp32")
     targets = loading.plan(folder / "model", settings, LoraConfig(r=r), 0).targets
-    owned = [block for block in optim.make_layout(targets, ranks).blocks if block.owner == 0]
+    owned = [block for block in make_layout(targets, ranks).blocks if block.owner == 0]
     generator = torch.Generator(harness.device()).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=harness.device())
 
-    pairs = [[random(len(b.targets), *size) for size in ((r, b.n), (b.m, r), (r, b.n), (b.m, r))] for b in owned]
+    pairs = [[random(len(b.targets), *size) for _, size in (*b.shapes, *b.shapes)] for b in owned]
     moments = [[torch.zeros_like(x) for x in (A, B, A, B)] for A, B, _, _ in pairs]
 
-    def update(precondition: bool) -> None:
+    def update(turned: bool) -> None:
         for (A, B, grad_A, grad_B), state in zip(pairs, moments, strict=True):
-            grads = optim.precondition(A, B, grad_A, grad_B, 1.0, rescale=True) if precondition else (grad_A, grad_B)
+            grads = precondition(A, B, grad_A, grad_B, 1.0, rescale=True) if turned else (grad_A, grad_B)
             for i, (parameter, grad) in enumerate(zip((A, B), grads, strict=True)):
-                optim.adamw_(parameter, grad, state[i], state[i + 2], 1, 1e-4, (0.9, 0.999), 1e-8, 0.0)
+                adamw_(parameter, grad, state[i], state[i + 2], 1, 1e-4, (0.9, 0.999), 1e-8, 0.0)
 
     kinds = {"with": partial(update, True), "without": partial(update, False)}
     return harness.alternate({name: partial(harness.timed, work) for name, work in kinds.items()}, rounds)

@@ -106,14 +106,14 @@ def svd() -> Figure:
 
 def preconditioner() -> Figure:
     """(B'B + d I)^-1 gA in fp64, of 80 layers at once; the time with the norm given back, as AdamW has it."""
-    from lora_one_dist.train import optim
+    from lora_one_dist.train.precondition import precondition
 
     k, r, m, n = (80, 64, 8192, 8192) if ON_GPU else (4, 8, 96, 64)
     A, B, gA, gB = random(k, r, n), random(k, m, r), random(k, r, n) + 1, random(k, m, r) + 1
-    new_A, _ = optim.precondition(A, B, gA, gB, 1e-6)
+    new_A, _ = precondition(A, B, gA, gB, 1e-6)
     gram = B.double().mT @ B.double() + 1e-6 * torch.eye(r, device=DEVICE, dtype=torch.float64)
     error = relative(new_A, torch.linalg.solve(gram, gA.double()))
-    took = seconds(lambda: optim.precondition(A, B, gA, gB, 1.0, rescale=True))
+    took = seconds(lambda: precondition(A, B, gA, gB, 1.0, rescale=True))
     ok = error <= 1e-6
     return Figure(ok, f"error {error:.1e}, {took * 1e3:.1f} ms", "1e-6 (rounded once to fp32)", {"seconds": took})
 

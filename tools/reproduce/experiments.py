@@ -5,7 +5,7 @@ adapters lora_A (r, n) and lora_B (m, r) are trained by gradient descent on all 
 ``L = 1/(2N) sum ||f((W + B A) x) - y||^2``.  The paper has x' on the left, ``x' (W + A B)``: its A is our A', its B our
 B', and what it calls left singular vectors of the gradient are our right ones.
 
-The package's SVDs and initialisations are fp32, and so are the steps that :func:`optim.precondition` returns; adapters,
+The package's SVDs and initialisations are fp32, and so are the steps that :func:`precondition` returns; adapters,
 gradients and risks are float64 here.  The rounding of a step is relative to the step, so it does not end convergence.
 
 Source: arXiv 2502.01235v3, equation 3, theorems 3.1, 3.2, 3.3 and 4.2, figures 2 and 4, appendix G.1.
@@ -22,7 +22,8 @@ import torch
 
 from lora_one_dist.config.seeds import seed_of
 from lora_one_dist.initialise import spectral
-from lora_one_dist.train import optim
+from lora_one_dist.train.precondition import precondition
+from lora_one_dist.train.updates import sgd_
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 SVD_TOLERANCE = 1e-3  # init.svd_tolerance's default; matrices of this size get a full SVD
@@ -177,9 +178,9 @@ def descend(
         J = slope(A, B)
         grads = B.mT @ J, J @ A.mT
         if damping is not None:
-            grads = optim.precondition(A, B, *grads, damping)
+            grads = precondition(A, B, *grads, damping)
         for parameter, grad in zip((A, B), grads, strict=True):
-            optim.sgd_(parameter, grad, lr, 0.0)
+            sgd_(parameter, grad, lr, 0.0)
         seen.append(look(A, B))
     return torch.stack(seen)
 
@@ -305,7 +306,7 @@ def _lora_sb(problem: Linear, r: int, steps: int, result: Result) -> None:
     R = torch.stack([-torch.diag(svd.S[:r] / svd.S[0]) for svd in svds]).double()
     seen = [problem.risk(Vh, U @ R)]
     for _ in range(steps):
-        optim.sgd_(R, U.mT @ problem.slope(Vh, U @ R) @ Vh.mT, 0.1, 0.0)
+        sgd_(R, U.mT @ problem.slope(Vh, U @ R) @ Vh.mT, 0.1, 0.0)
         seen.append(problem.risk(Vh, U @ R))
     result.curves["LoRA-SB"] = torch.stack(seen)
     missed = problem.D - problem.D @ Vh.mT @ Vh

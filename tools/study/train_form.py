@@ -35,8 +35,8 @@ def use(form: forms.Form, trace: Path) -> None:
         config, rows = self.config, []
         assert config.name == "adamw"
         for block in self._own_blocks():
-            A, B = block.split(self.masters)
-            grad_A, grad_B = block.split(grads)
+            A, B = block.split(self.masters).values()
+            grad_A, grad_B = block.split(grads).values()
             if block.start not in kept:
                 if self.steps != 1:
                     raise RuntimeError("a form's moments are in no checkpoint: delete the run's folder and start again")
