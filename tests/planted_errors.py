@@ -489,7 +489,13 @@ ERRORS = [
     Planted(
         "a layer group's graph starts a block too high",
         "initialise/gradient.py",
-        (("return list(takewhile(", "return list(sequence[:1]) + list(takewhile("),),
+        (
+            (
+                "    return list(takewhile(lambda block: not layers & set(block.modules()), sequence))",
+                "    below = list(takewhile(lambda block: not layers & set(block.modules()), sequence))\n"
+                "    return sequence[: len(below) + 1] if below else below",
+            ),
+        ),
         "initialise/test_gradient.py",
         "first_block",
     ),
