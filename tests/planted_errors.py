@@ -487,13 +487,12 @@ ERRORS = [
         "autograds",
     ),
     Planted(
-        "a layer group's graph starts a block too high",
+        "a layer group's graph starts a block too low",
         "initialise/gradient.py",
         (
             (
                 "    return list(takewhile(lambda block: not layers & set(block.modules()), sequence))",
-                "    below = list(takewhile(lambda block: not layers & set(block.modules()), sequence))\n"
-                "    return sequence[: len(below) + 1] if below else below",
+                "    return list(takewhile(lambda block: not layers & set(block.modules()), sequence))[:-1]",
             ),
         ),
         "initialise/test_gradient.py",
