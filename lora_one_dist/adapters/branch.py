@@ -5,9 +5,11 @@ Of T tokens: x (T, n), W (m, n), A (r, n), B (m, r), x' = dropout(x).
 - forward   ``h = s A x'`` before the frozen product, ``y += B h`` behind it
 - backward  ``dh = s B' dy``;  ``dA = dh' x'``, ``dB = dy' h``;  ``dx = W' dy``, ``dx += A' dh`` (through the dropout)
 
-Autograd's own form writes and reads six more (T, m) tensors a layer.  Only x' and h are saved, and before the frozen
-product: a recomputation ends with the last tensor that was saved.  A gradient goes straight into its parameter's
-``main_grad`` (fp32, as Megatron calls it) where there is one, else to autograd.  Not collective.
+With LoRA-SB's core R (r, r), which trains alone, it is ``y += B R h``: ``dR = (B' dy)' h``, ``dh = s R' B' dy``.
+
+Autograd's own form writes and reads six more (T, m) tensors a layer.  Only h and, where A trains, x' are saved, and
+before the frozen product: a recomputation ends with the last tensor that was saved.  A gradient goes straight into its
+parameter's ``main_grad`` (fp32, as Megatron calls it) where there is one, else to autograd.  Not collective.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 class AdaptedLinear(lora.Linear):
-    """PEFT's LoRA layer with one plain adapter, under PEFT's names."""
+    """PEFT's LoRA layer with one plain adapter, under PEFT's names, and with a core where there is ``lora_R``."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         A: Any = self.lora_A[ADAPTER]
@@ -34,9 +36,8 @@ class AdaptedLinear(lora.Linear):
         scaling = self.scaling[ADAPTER]
         x, h = _Before.apply(x, A.weight, scaling, p)
         y = self.base_layer(x)
-        return _Behind.apply(
-            y, h, A.weight, B.weight, scaling, x.grad_fn, isinstance(self.base_layer, FrozenLinear | FrozenConv1D)
-        )
+        fresh = isinstance(self.base_layer, FrozenLinear | FrozenConv1D)
+        return _Behind.apply(y, h, A.weight, B.weight, self._parameters.get("lora_R"), scaling, x.grad_fn, fresh)
 
 
 class _Before(torch.autograd.Function):
@@ -49,7 +50,7 @@ class _Before(torch.autograd.Function):
             seen, kept = torch.native_dropout(seen, p, True)
         h = (seen @ A.T).mul_(scaling)
         ctx.A, ctx.p, ctx.branch = A, p, None  # branch: dh and what dropout kept, from _Behind's backward
-        ctx.save_for_backward(seen, h, *([kept] if kept is not None else []))
+        ctx.save_for_backward(h, kept, seen if A.requires_grad else None)
         ctx.mark_non_differentiable(h)
         return x.view_as(x), h
 
@@ -76,24 +77,29 @@ class _Behind(torch.autograd.Function):
         h: torch.Tensor,
         A: torch.Tensor,
         B: torch.Tensor,
+        R: torch.Tensor | None,
         scaling: float,
         before: Any,
         fresh: bool,
     ) -> torch.Tensor:
-        ctx.A, ctx.B, ctx.scaling, ctx.before = A, B, scaling, before
+        ctx.A, ctx.B, ctx.R, ctx.scaling, ctx.before = A, B, R, scaling, before
         if fresh:
             ctx.mark_dirty(y)
         output = y if fresh else y.clone()
+        h = h if R is None else h @ R.T
         output.view(-1, y.shape[-1]).addmm_(h.to(y.dtype), B.T.to(y.dtype))
         return output  # no view: a model's own code may go on to write to it
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, h, *kept = ctx.before.saved_tensors
+        h, kept, x = ctx.before.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1]).to(h.dtype)
-        dh = (dy @ ctx.B).mul_(ctx.scaling)
-        ctx.before.branch = dh, kept[0] if kept else None
-        return grads[0], None, _give(ctx.A, dh, x), _give(ctx.B, dy, h), None, None, None
+        dh = dy @ ctx.B
+        dR, dh = (None, dh) if ctx.R is None else (_give(ctx.R, dh, h), dh @ ctx.R)
+        dh.mul_(ctx.scaling)
+        ctx.before.branch = dh, kept
+        dA, dB = (_give(ctx.A, dh, x), _give(ctx.B, dy, h)) if ctx.R is None else (None, None)
+        return grads[0], None, dA, dB, dR, None, None, None
 
 
 def _give(parameter: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
@@ -102,5 +108,15 @@ def _give(parameter: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tens
     if main_grad is None:
         return left.T @ right
     weight_gradient(left, right, main_grad)
+    parameter.grad_added_to_main_grad = True
+    return None
+
+
+def give(parameter: Any, grad: torch.Tensor) -> torch.Tensor | None:
+    """A gradient in fp32: into its parameter's ``main_grad``, or back to autograd."""
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is None:
+        return grad.to(parameter.dtype)
+    main_grad.add_(grad)
     parameter.grad_added_to_main_grad = True
     return None

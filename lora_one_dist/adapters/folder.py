@@ -31,6 +31,7 @@ from lora_one_dist.disk.weights import WeightsError
 from lora_one_dist.initialise.pairs import Pairs
 
 TABLES = ("modules_to_save", "trainable_token_indices")
+FROZEN = "lora_sb.safetensors"
 MERGE_FIRST = "merge it with tools/merge_adapter.py and begin from what comes out"
 
 
@@ -104,17 +105,48 @@ def encode(
             ``W + s (B A - B0 A0)``.  None for methods that did not.
     """
     lora = config.lora
+    more = {**beside.tensors, **_magnitudes(adapters)}
     if initial is None:
-        pairs = {a.target.name: (a.A.detach(), a.B.detach()) for a in adapters}
+        pairs = {a.target.name: _pair_of(a) for a in adapters}
         described = peft_config(lora, targets, config.model.path, **beside.settings)
-        return {**beside.files, **encode_pairs(described, pairs, targets, beside.tensors)}
+        return {**beside.files, **_frozen(adapters), **encode_pairs(described, pairs, targets, more)}
     pairs = {}
     for a in adapters:
         # On the host: rank 2r in fp32 is 4 or 8 times the adapters, too much beside a base on a GPU.
         A, B, A0, B0 = (x.detach().cpu().float() for x in (a.A, a.B, *initial[a.target.name]))
         pairs[a.target.name] = (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
     described = peft_config(lora, targets, config.model.path, times=2, **beside.settings)
-    return {**beside.files, **encode_pairs(described, pairs, targets, beside.tensors)}
+    return {**beside.files, **encode_pairs(described, pairs, targets, more)}
+
+
+def _pair_of(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT has for it: of LoRA-SB ``B R`` is its B, in fp32."""
+    A, B = adapter.A.detach(), adapter.B.detach()
+    if "lora_R" not in adapter.more:
+        return A, B
+    A, B, R = (tensor.cpu().float() for tensor in (A, B, adapter.more["lora_R"].detach()))
+    return A, B @ R
+
+
+def _magnitudes(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    """DoRA's, by PEFT's names."""
+    found = {a.target.name: a.more["lora_magnitude_vector"] for a in adapters if "lora_magnitude_vector" in a.more}
+    return {f"{PREFIX}{name}.lora_magnitude_vector": value.detach().cpu() for name, value in found.items()}
+
+
+def _frozen(adapters: Sequence[Adapter]) -> dict[str, bytes]:
+    """LoRA-SB's A and B, which a later start needs apart from R; PEFT does not read this file."""
+    held = {a.target.name: (a.A, a.B) for a in adapters if "lora_R" in a.more}
+    tensors = {
+        f"{name}.lora_{side}": x.detach().cpu() for name, ab in held.items() for side, x in zip("AB", ab, strict=True)
+    }
+    return {FROZEN: save(tensors)} if tensors else {}
+
+
+def frozen_pairs(folder: Path, targets: Sequence[Target]) -> Pairs:
+    """LoRA-SB's A and B as :func:`encode` wrote them."""
+    with safe_open(folder / FROZEN, framework="pt") as reader:
+        return {t.name: (reader.get_tensor(f"{t.name}.lora_A"), reader.get_tensor(f"{t.name}.lora_B")) for t in targets}
 
 
 def encode_pairs(

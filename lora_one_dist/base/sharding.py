@@ -358,3 +358,26 @@ def mean_row(base: Base, weight: Any, count: int, width: int) -> torch.Tensor:
         rows[first - top * width : last - top * width].copy_(own[first - start : last - start])
         total += rows.view(-1, width).sum(0)
     return comm.all_sum(total) / (count * base.copies)
+
+
+def row_norms(base: Base, weight: Any, B: torch.Tensor, A: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Norms (m,) of the rows of ``W + B A``, fp64, each rank adding what it holds of it.  Collective.
+
+    Args:
+        weight: base weight (m, n), or (n, m) if ``transposed``.  B: (m, r), its scale within.  A: (r, n).
+    """
+    left, right = (A.T.float(), B.T.float()) if transposed else (B.float(), A.float())
+    rows, columns = left.shape[0], right.shape[1]
+    total = torch.zeros(columns if transposed else rows, dtype=torch.float64)
+    own, start = _own_range(weight)
+    for top, bottom, first, last in _slabs(start, start + own.numel(), columns, MEAN_ELEMENT):
+        slab = torch.zeros((bottom - top) * columns, dtype=torch.float64, device=own.device)
+        inside = slice(first - top * columns, last - top * columns)
+        slab[inside] = own[first - start : last - start].double()
+        slab[inside] += (left[top:bottom].to(own.device) @ right.to(own.device)).view(-1)[inside]
+        squares = slab.view(-1, columns).square().cpu()
+        if transposed:
+            total += squares.sum(0)
+        else:
+            total[top:bottom] += squares.sum(1)
+    return (comm.all_sum(total) / base.copies).sqrt()

@@ -46,6 +46,8 @@ class Target:
     """Is the weight (n, m), as that of a Conv1D (GPT-2)?"""
     ending: str = ""
     """Of its name, where the last part alone would name other modules too; for PEFT, which goes by endings."""
+    kind: str = "lora"
+    """``lora.kind``."""
 
     @property
     def pair(self) -> int:
@@ -54,8 +56,11 @@ class Target:
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is trained of it, by the names that PEFT's layers have for it."""
-        return {"lora_A": (self.r, self.n), "lora_B": (self.m, self.r)}
+        """Shapes of what is trained of it, by the names that PEFT's layers have for it (lora_R: LoRA-SB's core)."""
+        if self.kind == "lora_sb":
+            return {"lora_R": (self.r, self.r)}
+        found: dict[str, tuple[int, ...]] = {"lora_A": (self.r, self.n), "lora_B": (self.m, self.r)}
+        return found | ({"lora_magnitude_vector": (self.m,)} if self.kind == "dora" else {})
 
     @property
     def adapter(self) -> int:
@@ -102,7 +107,15 @@ def choose(
     shapes = {name: _out_in(modules[name]) for name in names}
     ranks, endings = _ranks(shapes, lora, max(1, rank_needed // lora.r)), _endings(modules, names, lora)
     targets = [
-        Target(name, *shapes[name], r, lora.scale(r, lora.alpha_of(name)), transposed[name], endings.get(name, ""))
+        Target(
+            name,
+            *shapes[name],
+            r,
+            lora.scale(r, lora.alpha_of(name)),
+            transposed[name],
+            endings.get(name, ""),
+            lora.kind,
+        )
         for name, r in ranks.items()
     ]
     return targets, left_out

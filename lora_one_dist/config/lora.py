@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from lora_one_dist.config.effect import Effect
 from lora_one_dist.config.group import Group
 
 Value = TypeVar("Value")
@@ -52,6 +53,16 @@ Expression = Annotated[str, AfterValidator(_expression)]
 class LoraConfig(Group):
     """Shape of the adapters, in PEFT's terms."""
 
+    kind: Annotated[
+        Literal["lora", "dora", "lora_sb"],
+        Effect(
+            ("lora.kind", "init.method", "init.adapter"),
+            lambda kind, method, adapter: kind != "lora_sb" or method == "lora_sb" or adapter is not None,
+            "= lora_sb needs the core's own start. Set init.method to lora_sb too.",
+        ),
+    ] = "lora"
+    """lora: A and B train; dora (arXiv 2402.09353): so does the magnitude of each row of W + s B A; lora_sb (arXiv
+    2411.19557, with init.method lora_sb): the r x r core R of W + s B R A alone trains."""
     r: int = Field(8, ge=1)
     """The LoRA rank, at least 1 and at most min(out_features, in_features) of a target; a narrower target has as many
     as it can. Typical 8 to 64."""

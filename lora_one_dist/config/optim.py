@@ -9,6 +9,7 @@ from pydantic import Field
 from lora_one_dist.config.effect import not_with, only_with
 from lora_one_dist.config.group import Group
 
+PAIR_KINDS = ("lora", "dora")  # whose A and B train, as the preconditioner has them
 DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
 DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -29,7 +30,9 @@ class OptimConfig(Group):
     """AdamW's epsilon, above 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, at least 0."""
-    preconditioner: Literal["rescaled", "riemannian", "none"] | None = None
+    preconditioner: Annotated[Literal["rescaled", "riemannian", "none"] | None, only_with("lora.kind", *PAIR_KINDS)] = (
+        None
+    )
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
     paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need, and fading
     with the rate (results/defaults). Default: rescaled with adamw, riemannian with sgd."""

@@ -18,7 +18,7 @@ from lora_one_dist.config.effect import Effect, InsteadOf, not_with, only_with
 from lora_one_dist.config.group import AsPath, Group
 from lora_one_dist.config.initialise import COMPENSATED_METHODS, DEFAULT_GAMMA, InitConfig
 from lora_one_dist.config.lora import LoraConfig
-from lora_one_dist.config.optim import OptimConfig
+from lora_one_dist.config.optim import PAIR_KINDS, OptimConfig
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -278,6 +278,11 @@ class Config(Group):
     def scaling(self) -> float:
         """s in W + s B A of the layers that no pattern names: alpha / r, or alpha / sqrt(r) under rsLoRA."""
         return self.lora.scale(self.lora.r, self.lora.alpha)
+
+    @property
+    def preconditioner(self) -> tuple[str, float | None]:
+        """Form and damping in force; a kind of adapter that trains no pair has none."""
+        return (self.optim.form, self.optim.damping_in_force) if self.lora.kind in PAIR_KINDS else ("none", None)
 
     @property
     def changes_base(self) -> bool:

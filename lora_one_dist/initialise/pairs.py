@@ -222,9 +222,15 @@ def _decompose(
         overlap = spectral.subspace_overlap(first, second, r)
         parts[0] += parts.pop()
         norms = [spectral.frobenius_norm(parts[0])]
-    svd = spectral.truncated_svd(parts.pop(), needed, seed, config.init.svd_tolerance)
+    matrix = parts.pop()
+    if method == "lora_sb":
+        matrix.sign_()
+        norms = [spectral.frobenius_norm(matrix)]
+    svd = spectral.truncated_svd(matrix, needed, seed, config.init.svd_tolerance)
     if method == "pissa":
         pair = spectral.pissa(svd, r, target.scaling)
+    elif method == "lora_sb":
+        pair = spectral.lora_sb(svd, r, config.optim.lr / target.scaling)
     else:
         form = {"lora_one": spectral.lora_one, "lora_one_v1": spectral.lora_one_v1, "lora_ga": spectral.lora_ga}[method]
         pair = form(svd, r, config.gamma)
@@ -298,6 +304,8 @@ def check_loss(before: float, after: float, config: Config) -> None:
                 f"init.method lora_one: the loss of the init batch rose from {before:.6g} to {after:.6g}, but a step "
                 f"down the gradient must lower it: the step is too large. Raise init.gamma above {config.gamma:g}."
             )
+        return
+    if method == "lora_sb":  # a step along signs may raise it, as AdamW's own first step may
         return
     tolerance = LOSS_TOLERANCE[config.model.dtype]
     if abs(after - before) > tolerance * max(1.0, before):

@@ -151,6 +151,15 @@ def lora_ga(svd: TruncatedSVD, r: int, gamma: float) -> tuple[torch.Tensor, torc
     return scale * svd.Vh[:r], scale * svd.U[:, r : 2 * r]
 
 
+def lora_sb(svd: TruncatedSVD, r: int, step: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s B0 A0`` is the best rank-r part of AdamW's first step of full fine-tuning, ``-lr sign(G)``; base untouched.
+
+    svd is of sign(G); ``step`` is lr / s.  B0 has orthonormal columns, A0 orthogonal rows: the core R lies between them
+    (:func:`lora_one_dist.adapters.lora.core_of`).  Source: arXiv 2411.19557, algorithm 1.
+    """
+    return step * svd.S[:r, None] * svd.Vh[:r], -svd.U[:, :r]
+
+
 def pissa(svd: TruncatedSVD, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """``s B0 A0`` is the best rank-r part of W, and the base becomes the rest.  svd is of W.
 

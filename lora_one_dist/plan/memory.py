@@ -17,6 +17,7 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
                    AROUND_NORM T h
 - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.initialise.spectral`)
 - ``pairs``        4 sum(r (m + n)): the adapters to be, on every rank from the broadcast on
+- ``frozen pairs``  w sum(r (m + n)) while training, of LoRA-SB
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
 - ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
@@ -149,6 +150,8 @@ def memory_and_recomputed(
         found["broadcast"] = base | {"pairs": 2 * pairs}
     p = make_layout(shape.targets, cluster.ranks).share * cluster.ranks
     states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
+    if config.lora.kind == "lora_sb":
+        states["frozen pairs"] = e * shape.pairs
     if config.init.method in COMPENSATED_METHODS:
         states["compensated pairs"] = pairs
     states, extra = states | _states_of_tables(shape, config, cluster), _moments_of_tables(shape, config, cluster)
@@ -266,6 +269,8 @@ def kept_by_block(shape: Shape, config: Config) -> int:
     masked = config.data.packing and attention in ("eager", "sdpa")
     keys = shape.queries if masked else shape.keys
     kept = shape.norms * (4 + e if e < 4 else 2 * e) + e * (2 * shape.queries + 2 * keys + 4 * shape.intermediate)
+    if config.lora.kind == "dora":  # rows before they are scaled
+        kept += e * sum(target.m for target in shape.targets) // max(1, shape.layers)
     if attention == "eager":
         kept += (4 + (e if e < 4 else 0)) * shape.heads * config.data.max_length
     return kept

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lora_one_dist.adapters import folder as adapter_files
-from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters
+from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters, set_frozen
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
@@ -89,10 +89,12 @@ def go_on(
         before = evaluate()
     with comm.all_or_none("reading the checkpoint"):
         initial = checkpoint.initial_pairs(found, config, targets)
+        frozen = checkpoint.frozen_pairs(found, config, targets)
     adapters = inject_adapters(base, peft_config(config.lora, targets, config.model.path), targets, config.model.dtype)
     if initial is not None:
         set_adapters(base, adapters, initial, compensate=True)
         initial = initial if record.writes else {}
+    set_frozen(adapters, frozen)
     optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
     checkpoint.load_optimizer(found.folder, optimizer, found.step)
     writers = found.state["world_size"]

@@ -34,7 +34,6 @@ from safetensors import safe_open
 from safetensors.torch import save as encode_tensors
 
 from lora_one_dist.adapters import folder as adapters
-from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import CheckpointConfig, Config
@@ -49,7 +48,6 @@ STATE = "state.json"
 STEP = re.compile(r"step-(\d+)")
 RUN = "run.json"  # of the run folder: what makes it one
 LOCK = ".lock"  # held while a job writes there
-ROOM = 2  # checkpoints that must fit on the disk: the newest stays until the next is whole
 
 
 class CheckpointError(ValueError):
@@ -67,7 +65,7 @@ class Found:
 
 def refuse_used_folder(root: Path, resume: str) -> None:
     """Raise CheckpointError if the folder holds anything but a run to go on with.  Not collective."""
-    place = _existing(root)
+    place = existing(root)
     if place != root and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise CheckpointError(f"output_dir = {root}: {place} is no folder to write to. Give another path.")
     if place != root:
@@ -84,7 +82,7 @@ def refuse_used_folder(root: Path, resume: str) -> None:
         raise CheckpointError(f"output_dir = {root}: holds a run, and resume is never. {remedy}")
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
@@ -104,24 +102,6 @@ def read_run(root: Path) -> dict[str, Any] | None:
     return run
 
 
-def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Table]) -> None:
-    """Raise CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
-    more = 1 if _steps(root / "checkpoints") else ROOM
-    needed, free = more * size_bytes(config, targets), shutil.disk_usage(_existing(root)).free
-    if needed > free:
-        raise CheckpointError(
-            f"output_dir = {root}: {free / 2**20:.1f} MiB are free, {ROOM} checkpoints must fit: {more} more take "
-            f"{needed / 2**20:.1f} MiB. Make room, give another folder, or lower lora.r."
-        )
-
-
-def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
-    """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    parameters = sum(one.size if isinstance(one, Table) else one.adapter for one in trained)
-    working = 8 if config.changes_base else {"fp32": 4, "bf16": 2}[config.model.dtype]
-    return parameters * (working + (12 if config.optim.name == "adamw" else 4))
-
-
 def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None, list[str]]:
     """The checkpoint to go on from, None to start anew, and lines to tell the user.  Collective.
 
@@ -134,7 +114,7 @@ def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None,
     Raises:
         RankError, CheckpointError: on all ranks: it is another run's; or none is whole; or the one named is not.
     """
-    newest_first = comm.all_gather_object(_steps(root / "checkpoints"))[0]
+    newest_first = comm.all_gather_object(saved_steps(root / "checkpoints"))[0]
     named = Path(resume) if resume not in ("auto", "never") else None
     if named is not None and newest_first:
         own_folder = named.resolve().parent == (root / "checkpoints").resolve()
@@ -165,7 +145,7 @@ def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None,
     return None, notes
 
 
-def _steps(checkpoints: Path) -> list[str]:
+def saved_steps(checkpoints: Path) -> list[str]:
     """Names of the checkpoints there, newest first."""
     if not checkpoints.is_dir():
         return []
@@ -265,7 +245,7 @@ class Store:
                 return None
             self.root.mkdir(parents=True, exist_ok=True)
             folders.clear(self.root)
-            for name in _steps(self.root):
+            for name in saved_steps(self.root):
                 if found is not None and _step_of(name) > found.step:  # damaged, or found would not be older
                     aside = self.root / f"{name}.damaged"
                     shutil.rmtree(aside, ignore_errors=True)
@@ -335,7 +315,7 @@ class Store:
 
     def _prune(self) -> None:
         kept = {f"step-{self.best['step']}"} if self.best is not None else set()
-        for name in _steps(self.root)[self.settings.keep_last :]:
+        for name in saved_steps(self.root)[self.settings.keep_last :]:
             if name not in kept:
                 folders.remove(self.root / name)
 
@@ -398,3 +378,8 @@ class Store:
 def initial_pairs(found: Found, config: Config, targets: Sequence[Target]) -> adapters.Pairs | None:
     """A0 and B0 as they were set, where they are part of what changed the base.  Not collective."""
     return adapters.initial_pairs_of(found.folder / "adapter", targets) if config.changes_base else None
+
+
+def frozen_pairs(found: Found, config: Config, targets: Sequence[Target]) -> adapters.Pairs:
+    """A and B where they do not train.  Not collective."""
+    return adapters.frozen_pairs(found.folder / "adapter", targets) if config.lora.kind == "lora_sb" else {}

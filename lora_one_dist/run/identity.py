@@ -53,7 +53,7 @@ def identity(
     layers = [[target.name, target.m, target.n, target.r, target.scaling] for target in targets]
     settings = config.model_dump(mode="json")
     # A default that depends on other settings, or changes with a version, is stored as what it was.
-    settings["optim"] |= {"preconditioner": config.optim.form, "damping": config.optim.damping_in_force}
+    settings["optim"] |= dict(zip(("preconditioner", "damping"), config.preconditioner, strict=True))
     # Through JSON, as it will be read back.
     return json.loads(
         json.dumps(

@@ -33,7 +33,7 @@ from lora_one_dist.data.samples import TokenData, load_eval_prompts, tokenize
 from lora_one_dist.data.split import evaluation_rows, training_data
 from lora_one_dist.data.tokenizer import add_tokens, load_tokenizer, saved
 from lora_one_dist.initialise import pairs
-from lora_one_dist.run import checkpoint
+from lora_one_dist.run import room
 from lora_one_dist.run.day import with_day
 from lora_one_dist.run.identity import identity, refuse_unlike_hosts
 from lora_one_dist.train import evaluate
@@ -75,7 +75,7 @@ def read(config: Config) -> Inputs:
         if config.data.packing or config.model.attn_implementation == varlen.NAME:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
-            checkpoint.refuse_full_disk(Path(config.output_dir), config, [*plan.targets, *tables])
+            room.refuse_full_disk(Path(config.output_dir), config, [*plan.targets, *tables])
     with comm.all_or_none("reading the data"), writable_cache():
         rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.

@@ -104,8 +104,8 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out), *map(_trained_table, read.tables)]:
         record.say(line)
-    damping = config.optim.damping_in_force
-    how = "no preconditioner" if damping is None else f"preconditioner {config.optim.form}, damping {damping:g}"
+    form, damping = config.preconditioner
+    how = "no preconditioner" if damping is None else f"preconditioner {form}, damping {damping:g}"
     record.say(f"{config.optim.name}, {how}")
     for purpose, tokens in (("training", read.train), ("evaluation", read.held.tokens if read.held else None)):
         if tokens is not None:

@@ -198,7 +198,7 @@ class LayerShardedOptimizer:
         config = self.config
         for block in self._own_blocks():
             values, turned = block.split(self.masters), block.split(grads)
-            if config.damping_in_force is not None:
+            if config.damping_in_force is not None and "lora_A" in values:
                 A, B = values["lora_A"], values["lora_B"]
                 pair = precondition(
                     A, B, turned["lora_A"], turned["lora_B"], damping_at(lr, config), config.form == "rescaled"

@@ -1,0 +1,34 @@
+"""How much disk a run's checkpoints take.  Not collective."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_one_dist.base.tables import Table
+from lora_one_dist.base.targets import Target
+from lora_one_dist.config.settings import Config
+from lora_one_dist.run import checkpoint
+
+ROOM = 2  # checkpoints that must fit on the disk: the newest stays until the next is whole
+
+
+def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Table]) -> None:
+    """Raise checkpoint.CheckpointError if ROOM checkpoints do not fit on the disk.  Not collective."""
+    more = 1 if checkpoint.saved_steps(root / "checkpoints") else ROOM
+    needed, free = more * size_bytes(config, targets), shutil.disk_usage(checkpoint.existing(root)).free
+    if needed > free:
+        raise checkpoint.CheckpointError(
+            f"output_dir = {root}: {free / 2**20:.1f} MiB are free, {ROOM} checkpoints must fit: {more} more take "
+            f"{needed / 2**20:.1f} MiB. Make room, give another folder, or lower lora.r."
+        )
+
+
+def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
+    """Bytes of one checkpoint, but for some kB of text.  Pure."""
+    parameters = sum(one.size if isinstance(one, Table) else one.adapter for one in trained)
+    frozen = sum(one.pair for one in trained if isinstance(one, Target) and config.lora.kind == "lora_sb")
+    working = {"fp32": 4, "bf16": 2}[config.model.dtype]
+    states = parameters * (12 if config.optim.name == "adamw" else 4)
+    return states + parameters * (8 if config.changes_base else working) + frozen * (4 + working)
