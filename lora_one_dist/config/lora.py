@@ -53,16 +53,6 @@ Expression = Annotated[str, AfterValidator(_expression)]
 class LoraConfig(Group):
     """Shape of the adapters, in PEFT's terms."""
 
-    kind: Annotated[
-        Literal["lora", "dora", "lora_sb"],
-        Effect(
-            ("lora.kind", "init.method", "init.adapter"),
-            lambda kind, method, adapter: kind != "lora_sb" or method == "lora_sb" or adapter is not None,
-            "= lora_sb needs the core's own start. Set init.method to lora_sb too.",
-        ),
-    ] = "lora"
-    """lora: A and B train; dora (arXiv 2402.09353): so does the magnitude of each row of W + s B A; lora_sb (arXiv
-    2411.19557, with init.method lora_sb): the r x r core R of W + s B R A alone trains."""
     r: int = Field(8, ge=1)
     """The LoRA rank, at least 1 and at most min(out_features, in_features) of a target; a narrower target has as many
     as it can. Typical 8 to 64."""
@@ -82,6 +72,16 @@ class LoraConfig(Group):
     first that matches counts."""
     alpha_pattern: dict[Expression, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Another alpha, above 0, for layers, as in rank_pattern."""
+    kind: Annotated[
+        Literal["lora", "dora", "lora_sb"],
+        Effect(
+            ("lora.kind", "init.method", "init.adapter"),
+            lambda kind, method, adapter: kind != "lora_sb" or method == "lora_sb" or adapter is not None,
+            "= lora_sb needs the core's own start. Set init.method to lora_sb too.",
+        ),
+    ] = "lora"
+    """lora: A and B train; dora (arXiv 2402.09353): so does the magnitude of each row of W + s B A; lora_sb (arXiv
+    2411.19557, with init.method lora_sb): the r x r core R of W + s B R A alone trains."""
     new_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """Tokens to add to the tokenizer, e.g. ["<think>", "</think>"], of which embedding and head train a row each, from
     the mean of the old ones; so they do, unasked, of tokens that the tokenizer has and the model has not."""
