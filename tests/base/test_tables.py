@@ -44,6 +44,8 @@ def test_tables(model):
     ]
     (head,) = planned(model, modules_to_save=["lm_head"])
     assert (head.modules, head.rows, head.trained) == (("lm_head",), 64, 64)
+    (beside,) = planned(model, modules_to_save=["embed_tokens"], target_modules=["lm_head"])
+    assert beside.modules == ("model.embed_tokens",), "the head has an adapter, and no row that is trained"
     assert [t.trained for t in planned(model, 64, modules_to_save=BOTH)] == [65, 65]
     (tied,) = planned(models.qwen2(), 20, modules_to_save=["lm_head"])
     assert (tied.modules, tied.rows, tied.trained, tied.new) == (("model.embed_tokens", "lm_head"), 64, 64, (20,))
