@@ -62,15 +62,19 @@ class Beside:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tables by PEFT's names: whole ones that are tied under both."""
-        found = {}
-        for table in self.tables:
-            whole, names = table.plan.whole, table.plan.modules
-            for name in names if whole else names[:1]:
-                found[f"{PREFIX}{name}.{'weight' if whole else TOKENS}"] = table.weight.detach().cpu().clone()
-        return found
+        return {
+            name: table.weight.detach().cpu().clone()
+            for table in self.tables
+            for name in _names(table.plan)[: table.plan.names]
+        }
 
 
 NOTHING = Beside()
+
+
+def _names(table: Table) -> list[str]:
+    """What PEFT may call its tensor: of tied modules under either."""
+    return [f"{PREFIX}{module}.{'weight' if table.whole else TOKENS}" for module in table.modules]
 
 
 def export(
@@ -188,7 +192,7 @@ def _tables_of(
     """The tables' rows by the tables' names, the tensors that are left, and what of them is missing or another."""
     found, left, problems = {}, dict(tensors), []
     for table in tables:
-        names = [f"{PREFIX}{name}.{'weight' if table.whole else TOKENS}" for name in table.modules]
+        names = _names(table)
         tensor = next((left.pop(name) for name in names if name in left), None)
         for name in names:
             left.pop(name, None)

@@ -46,14 +46,14 @@ class Table:
         return self.rows if self.whole else len(self.new)
 
     @property
-    def has_embedding(self) -> bool:
-        """Is one of the modules the embedding?"""
-        return len(self.modules) > 1 or not self.has_head
-
-    @property
     def size(self) -> int:
         """Elements that are trained."""
         return self.trained * self.width
+
+    @property
+    def names(self) -> int:
+        """Under how many PEFT saves it: a whole one under each module's."""
+        return len(self.modules) if self.whole else 1
 
     @property
     def name(self) -> str:

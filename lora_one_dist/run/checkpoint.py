@@ -117,9 +117,10 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Tabl
 
 def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    parameters = sum(one.size if isinstance(one, Table) else one.adapter for one in trained)
-    working = 8 if config.changes_base else {"fp32": 4, "bf16": 2}[config.model.dtype]
-    return parameters * (working + (12 if config.optim.name == "adamw" else 4))
+    working, states = {"fp32": 4, "bf16": 2}[config.model.dtype], 12 if config.optim.name == "adamw" else 4
+    tables = sum(one.size * (states + one.names * working) for one in trained if isinstance(one, Table))
+    parameters = sum(one.adapter for one in trained if isinstance(one, Target))
+    return tables + parameters * (states + (8 if config.changes_base else working))
 
 
 def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None, list[str]]:
@@ -136,13 +137,12 @@ def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None,
     """
     newest_first = comm.all_gather_object(_steps(root / "checkpoints"))[0]
     named = Path(resume) if resume not in ("auto", "never") else None
-    if named is not None and newest_first:
-        own_folder = named.resolve().parent == (root / "checkpoints").resolve()
-        if own_folder and named.name != newest_first[0]:
-            raise CheckpointError(
-                f"resume = {resume}: the run has gone on to {newest_first[0]} since. To branch off there give another "
-                "output_dir; to go on, resume: auto."
-            )
+    within = named is not None and named.resolve().parent == (root / "checkpoints").resolve()
+    if named is not None and within and newest_first and named.name != newest_first[0]:
+        raise CheckpointError(
+            f"resume = {resume}: the run has gone on to {newest_first[0]} since. To branch off there give another "
+            "output_dir; to go on, resume: auto."
+        )
     notes: list[str] = []
     for name in newest_first:
         state, fault = _read(root / "checkpoints" / name)
