@@ -34,13 +34,16 @@ class TrainedTable:
     weight: nn.Parameter
 
 
-def put_tables(base: Base, tables: Sequence[Table], given: Mapping[str, torch.Tensor]) -> list[TrainedTable]:
-    """Give each planned table its rows, as ``given`` by its name, else new ones the mean of the old.  Collective."""
-    found = [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
-    for table in found:
+def put_tables(base: Base, tables: Sequence[Table]) -> list[TrainedTable]:
+    """Give each planned table its rows: the base's, new ones the mean of the old.  Collective."""
+    return [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
+
+
+def set_rows(tables: Sequence[TrainedTable], given: Mapping[str, torch.Tensor]) -> None:
+    """Let the tables that are ``given``, by name, have those rows instead.  Not collective."""
+    for table in tables:
         if table.plan.name in given:
             table.weight.detach().copy_(given[table.plan.name])
-    return found
 
 
 def _new_row(base: Base, weight: Any, table: Table) -> torch.Tensor | None:
