@@ -126,7 +126,8 @@ def _refuse_kinds(lora: LoraConfig, model: Any, embedding: Any, head: Any) -> No
     elif head.weight.shape != embedding.weight.shape:
         fault = f"its output head is {tuple(head.weight.shape)}, its embedding {tuple(embedding.weight.shape)}"
     if fault is not None:
-        raise ModelError(f"{_asked(lora)}: rows of this model cannot be trained: {fault}. Leave it out.")
+        remedy = "Leave it out" if lora.new_tokens or lora.modules_to_save else "Take the model's own tokenizer"
+        raise ModelError(f"{_asked(lora)}: rows of this model cannot be trained: {fault}. {remedy}.")
 
 
 def _refuse_names(lora: LoraConfig, tables: dict[str, Any]) -> None:
