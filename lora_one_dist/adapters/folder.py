@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,17 @@ class Beside:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """PEFT's for these.  Full names: endings could name a tower's too."""
+        """PEFT's for these.  Full names: endings could name a tower's too.
+
+        Of tied whole ones both: PEFT 0.21 knows by itself of a head that is tied to ``embed_tokens`` alone.
+        """
         rows = {t.plan.modules[0]: list(t.plan.new) for t in self.tables if not t.plan.whole}
         whole = [table.plan.modules for table in self.tables if table.plan.whole]
         changes: dict[str, Any] = {"task_type": self.task_type}
         if rows:
             changes["trainable_token_indices"] = rows
         if whole:
-            changes |= {"modules_to_save": [names[0] for names in whole], "ensure_weight_tying": len(whole[0]) > 1}
+            changes |= {"modules_to_save": [*chain(*whole)], "ensure_weight_tying": len(whole[0]) > 1}
         return changes
 
     @property

@@ -22,6 +22,7 @@ from lora_one_dist.plan.prediction import predict
 from lora_one_dist.plan.shape import Cluster
 from lora_one_dist.run import checkpoint
 from tests import models, reference
+from tests.base.test_head import build
 from tests.kill_harness import Point, job
 from tests.ranks import run_commands, run_ranks, write_json_lines
 from tests.run.test_resume import losses_of
@@ -31,6 +32,7 @@ from tools.bench import harness, phases
 
 NEW = ["<think>", "</think>", "<x>"]
 BOTH = ["embed_tokens", "lm_head"]
+NAMES = {"GPTNeoX": ["embed_in", "lm_head"], "Bloom": ["word_embeddings", "lm_head"]}
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
@@ -41,7 +43,8 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """By kind: tables apart and tied, without a row to spare; tied with rows to spare; and of a model that sees."""
+    """By kind: tables apart and tied, without a row to spare; tied with rows to spare; of a model that sees; and of
+    other names than most have, apart (in files by other names still) and tied."""
     root = tmp_path_factory.mktemp("bases")
     for kind in ("apart", "tied"):
         model = models.llama(layers=2)
@@ -54,7 +57,10 @@ def bases(tmp_path_factory):
     torch.manual_seed(3)
     AutoModelForImageTextToText.from_config(seeing()).save_pretrained(root / "sees")
     models.tokenizer("llama").save_pretrained(root / "sees")
-    return {kind: root / kind for kind in ("apart", "tied", "spare", "sees")}
+    for kind in NAMES:
+        build(kind).save_pretrained(root / kind)
+        models.tokenizer("llama").save_pretrained(root / kind)
+    return {kind: root / kind for kind in ("apart", "tied", "spare", "sees", *NAMES)}
 
 
 def seeing() -> Gemma3Config:
@@ -163,6 +169,7 @@ CASES = [  # tables, settings, numbers of ranks
     pytest.param("sees", WHOLE, (2,), marks=full),
     pytest.param("apart", {"lora__modules_to_save": ["lm_head"], "lora__new_tokens": None}, (2,), marks=full),
     pytest.param("apart", BESIDE_ADAPTED_HEAD, (2,), marks=full),
+    *(pytest.param(kind, {"lora__modules_to_save": names}, (2,), marks=full) for kind, names in NAMES.items()),
 ]
 
 
