@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +51,35 @@ class Beside:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """PEFT's for these.  Full names: endings could name a tower's too."""
+        """PEFT's for these.  Full names: endings could name a tower's too.
+
+        Of tied whole ones both: PEFT 0.21 knows by itself of a head that is tied to ``embed_tokens`` alone.
+        """
         rows = {t.plan.modules[0]: list(t.plan.new) for t in self.tables if not t.plan.whole}
         whole = [table.plan.modules for table in self.tables if table.plan.whole]
         changes: dict[str, Any] = {"task_type": self.task_type}
         if rows:
             changes["trainable_token_indices"] = rows
         if whole:
-            changes |= {"modules_to_save": [names[0] for names in whole], "ensure_weight_tying": len(whole[0]) > 1}
+            changes |= {"modules_to_save": [*chain(*whole)], "ensure_weight_tying": len(whole[0]) > 1}
         return changes
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tables by PEFT's names: whole ones that are tied under both."""
-        found = {}
-        for table in self.tables:
-            whole, names = table.plan.whole, table.plan.modules
-            for name in names if whole else names[:1]:
-                found[f"{PREFIX}{name}.{'weight' if whole else TOKENS}"] = table.weight.detach().cpu().clone()
-        return found
+        return {
+            name: table.weight.detach().cpu().clone()
+            for table in self.tables
+            for name in _names(table.plan)[: table.plan.names]
+        }
 
 
 NOTHING = Beside()
+
+
+def _names(table: Table) -> list[str]:
+    """What PEFT may call its tensor: of tied modules under either."""
+    return [f"{PREFIX}{module}.{'weight' if table.whole else TOKENS}" for module in table.modules]
 
 
 def export(
@@ -220,7 +228,7 @@ def _tables_of(
     """The tables' rows by the tables' names, the tensors that are left, and what of them is missing or another."""
     found, left, problems = {}, dict(tensors), []
     for table in tables:
-        names = [f"{PREFIX}{name}.{'weight' if table.whole else TOKENS}" for name in table.modules]
+        names = _names(table)
         tensor = next((left.pop(name) for name in names if name in left), None)
         for name in names:
             left.pop(name, None)

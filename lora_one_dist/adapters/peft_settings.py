@@ -16,7 +16,9 @@ from lora_one_dist.config.lora import by_pattern
 LIVE = "PeftModel.from_pretrained(base, adapter)"
 MERGED_BY_PEFT = f"{LIVE}.merge_and_unload().save_pretrained(out)"
 NOT_MERGED = ("alora_invocation_tokens", "arrow_config")  # what depends on the input, and PEFT does not merge either
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head")  # saved when they were resized
+# Names of input and output embeddings, which PEFT saves when they were resized.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings")
+HEADS = ("lm_head", "embed_out", "output_projection")
 # By what layers have their own r and scale; by what an adapter is more than a pair A, B for each linear layer, ...
 PATTERNS = ("rank_pattern", "alpha_pattern")
 BEYOND_PAIRS = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
@@ -96,7 +98,12 @@ def saved_whole(config: Mapping[str, Any], module: str) -> bool:
 
 def is_embedding(module: str) -> bool:
     """Is it an input or output embedding, by its name?"""
-    return module.rpartition(".")[2] in EMBEDDINGS
+    return module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+
+
+def is_head(module: str) -> bool:
+    """Is it an output embedding, by its name?"""
+    return module.rpartition(".")[2] in HEADS
 
 
 def tokens_of(config: Mapping[str, Any], module: str) -> list[int] | None:

@@ -7,8 +7,8 @@ tokens stand beside the base's table, which stays where ZeRO has it:
 - head       logits of new tokens take the places of the base's, or come behind them
 
 A whole table takes the base's place, and is never gathered.  Bytes per rank: e k h working copy (e bytes an element, k
-rows), while it starts the base's table beside it; the rest is :mod:`lora_one_dist.train.rows`.  Of a whole embedding
-autograd makes e k h more where backward ends; all other gradients are added to their sum as they come.
+rows), while it starts the base's table beside it; the rest is :mod:`lora_one_dist.train.rows`.  Gradients are added to
+their fp32 sums as they come, row by row: autograd's own would be a table each, in the table's type.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class TrainedTable:
     weight: nn.Parameter
 
 
-def put_tables(base: Base, tables: Sequence[Table], given: Mapping[str, torch.Tensor]) -> list[TrainedTable]:
-    """Give each planned table its rows, as ``given`` by its name, else new ones the mean of the old.  Collective."""
-    found = [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
-    for table in found:
+def put_tables(base: Base, tables: Sequence[Table]) -> list[TrainedTable]:
+    """Give each planned table its rows: the base's, new ones the mean of the old.  Collective."""
+    return [_put_whole(base, table) if table.whole else _put_rows(base, table) for table in tables]
+
+
+def set_rows(tables: Sequence[TrainedTable], given: Mapping[str, torch.Tensor]) -> None:
+    """Let the tables that are ``given``, by name, have those rows instead.  Not collective."""
+    for table in tables:
         if table.plan.name in given:
             table.weight.detach().copy_(given[table.plan.name])
-    return found
 
 
 def _new_row(base: Base, weight: Any, table: Table) -> torch.Tensor | None:
@@ -77,7 +80,7 @@ def _put_whole(base: Base, table: Table) -> TrainedTable:
     for module in modules:
         module.weight = weight
         if isinstance(module, nn.Embedding):
-            module.num_embeddings = table.rows
+            module.num_embeddings, module.__class__ = table.rows, WholeEmbedding
         else:
             module.out_features, module.__class__ = table.rows, WholeHead
     return TrainedTable(table, weight)
@@ -94,7 +97,7 @@ def _replace_looked_up(embedding: Any, weight: nn.Parameter, table: Table) -> No
         return (given[0].masked_fill(places[-1] >= 0, 0), *given[1:])
 
     def behind(layer: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return _Replace.apply(output, weight, places.pop(), getattr(layer, "embed_scale", 1.0))
+        return _Replace.apply(output, weight, places.pop(), _factor(layer, weight))
 
     embedding.register_forward_pre_hook(before, prepend=True)
     embedding.register_forward_hook(behind)
@@ -107,27 +110,54 @@ class _Replace(torch.autograd.Function):
     def forward(
         ctx: Any, looked_up: torch.Tensor, weight: Any, places: torch.Tensor, scale: torch.Tensor | float
     ) -> torch.Tensor:
-        ctx.weight, ctx.scale, ctx.trained = weight, scale, places >= 0
-        ctx.places = places[ctx.trained]
-        output = looked_up.clone()
-        output[ctx.trained] = _scaled(weight.detach()[ctx.places], scale)
-        return output
+        ctx.weight, ctx.scale, ctx.places = weight, scale, places
+        return torch.where((places >= 0)[..., None], weight[places.clamp(min=0)] * scale, looked_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        below = grads[0].masked_fill(ctx.trained[..., None], 0) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return below, None, None, None
-        change = _scaled(grads[0][ctx.trained].float(), ctx.scale)
-        main_grad = ctx.weight.main_grad
-        if change.is_cuda:  # sorts, and so adds in one order; on a CPU it adds in any
-            main_grad.index_put_((ctx.places,), change, accumulate=True)
-        else:
-            main_grad.index_add_(0, ctx.places, change)
-        ctx.weight.grad_added_to_main_grad = True
-        return below, None, None, None
+        trained = ctx.places >= 0
+        if ctx.needs_input_grad[1]:
+            _add_rows(ctx.weight, ctx.places[trained], grads[0][trained], ctx.scale)
+        return grads[0].masked_fill(trained[..., None], 0) if ctx.needs_input_grad[0] else None, None, None, None
 
 
-def _scaled(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """As embeddings with a factor do: in their type."""
-    return values * (scale.to(values.dtype) if isinstance(scale, torch.Tensor) else scale)
+class WholeEmbedding(nn.Embedding):
+    """An embedding that is trained: the gradients of its rows go straight into its ``main_grad``."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _LookUp.apply(input, self.weight, _factor(self, self.weight), self.padding_idx)
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows (..., h) of tokens (...), times a factor; the padding's get no gradient, as of autograd's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: torch.Tensor, weight: Any, scale: torch.Tensor | float, padding: int | None
+    ) -> torch.Tensor:
+        ctx.weight, ctx.scale, ctx.tokens, ctx.padding = weight, scale, tokens, padding
+        return nn.functional.embedding(tokens, weight) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
+        change, tokens = grads[0].flatten(0, -2), ctx.tokens.flatten()
+        if ctx.padding is not None:
+            change = change.masked_fill((tokens == ctx.padding)[:, None], 0)
+        _add_rows(ctx.weight, tokens, change, ctx.scale)
+        return None, None, None, None
+
+
+def _add_rows(weight: Any, places: torch.Tensor, change: torch.Tensor, scale: torch.Tensor | float) -> None:
+    """To the weight's ``main_grad``: gradients (k, h) of rows at ``places`` (k,) that were looked up, with a factor."""
+    change = change.float() * scale
+    if change.is_cuda:  # sorts, and so adds in one order; on a CPU it adds in any
+        weight.main_grad.index_put_((places,), change, accumulate=True)
+    else:
+        weight.main_grad.index_add_(0, places, change)
+    weight.grad_added_to_main_grad = True
+
+
+def _factor(embedding: Any, weight: torch.Tensor) -> torch.Tensor | float:
+    """What transformers' embeddings multiply their rows by: of a tensor, as rounded to the rows' type."""
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return scale.to(weight.dtype) if isinstance(scale, torch.Tensor) else scale

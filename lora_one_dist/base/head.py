@@ -155,9 +155,9 @@ def cross_entropy(
     return loss, scores
 
 
-def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """Whose logits are in fp32 at one time."""
-    return max(1, LOSS_BYTES[device.type] // (4 * vocabulary))
+def rows_at_once(width: int, device: torch.device) -> int:
+    """Of so many elements each, that are in fp32 at one time."""
+    return max(1, LOSS_BYTES[device.type] // (4 * width))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -273,6 +273,9 @@ class _WholeProduct(torch.autograd.Function):
 
 
 def _add_gradient(weight: Any, grad_output: torch.Tensor, layer_input: torch.Tensor) -> None:
-    """To the weight's ``main_grad``."""
-    weight_gradient(grad_output, layer_input, weight.main_grad)
+    """To the weight's ``main_grad``, a few rows at a time: what a GPU makes beside it, and a CPU copies, is in fp32."""
+    change = grad_output.reshape(-1, grad_output.shape[-1])
+    count = rows_at_once(max(weight.shape[1], change.shape[0]), change.device)
+    for part, main_grad in zip(change.split(count, dim=1), weight.main_grad.split(count), strict=True):
+        weight_gradient(part, layer_input, main_grad)
     weight.grad_added_to_main_grad = True

@@ -46,14 +46,14 @@ class Table:
         return self.rows if self.whole else len(self.new)
 
     @property
-    def has_embedding(self) -> bool:
-        """Is one of the modules the embedding?"""
-        return len(self.modules) > 1 or not self.has_head
-
-    @property
     def size(self) -> int:
         """Elements that are trained."""
         return self.trained * self.width
+
+    @property
+    def names(self) -> int:
+        """Under how many PEFT saves it: a whole one under each module's."""
+        return len(self.modules) if self.whole else 1
 
     @property
     def name(self) -> str:
@@ -88,23 +88,26 @@ def plan_tables(model: Any, lora: LoraConfig, targets: Sequence[Target], new: Se
     _refuse_kinds(lora, model, embedding, head)
     names = {id(module): name for name, module in model.named_modules()}
     tables = {names[id(embedding)]: embedding, names[id(head)]: head}
-    _refuse_names(lora, tables, targets)
+    _refuse_names(lora, tables)
     old, width = embedding.weight.shape
     if new and new[-1] >= old:
         _refuse_others(model, tables.values(), old)
     is_whole = {name: any(ends(ending, name) for ending in lora.modules_to_save or ()) for name in tables}
     if head.weight is embedding.weight:
-        return [Table(tuple(tables), old, width, tuple(new), any(is_whole.values()), True)]
-    if new and len(set(is_whole.values())) > 1:
+        found = [Table(tuple(tables), old, width, tuple(new), any(is_whole.values()), True)]
+    elif new and len(set(is_whole.values())) > 1:
         raise ModelError(
             f"lora.modules_to_save = {lora.modules_to_save}: with new tokens it must name both {' and '.join(tables)}, "
             "or none, which trains the new tokens' rows of both."
         )
-    return [
-        Table((name,), old, width, tuple(new), whole, tables[name] is head)
-        for name, whole in is_whole.items()
-        if new or whole
-    ]
+    else:
+        found = [
+            Table((name,), old, width, tuple(new), whole, tables[name] is head)
+            for name, whole in is_whole.items()
+            if new or whole
+        ]
+    _refuse_adapted(lora, found, targets)
+    return found
 
 
 def _refuse_kinds(lora: LoraConfig, model: Any, embedding: Any, head: Any) -> None:
@@ -123,16 +126,22 @@ def _refuse_kinds(lora: LoraConfig, model: Any, embedding: Any, head: Any) -> No
     elif head.weight.shape != embedding.weight.shape:
         fault = f"its output head is {tuple(head.weight.shape)}, its embedding {tuple(embedding.weight.shape)}"
     if fault is not None:
-        raise ModelError(f"{_asked(lora)}: rows of this model cannot be trained: {fault}. Leave it out.")
+        remedy = "Leave it out" if lora.new_tokens or lora.modules_to_save else "Take the model's own tokenizer"
+        raise ModelError(f"{_asked(lora)}: rows of this model cannot be trained: {fault}. {remedy}.")
 
 
-def _refuse_names(lora: LoraConfig, tables: dict[str, Any], targets: Sequence[Target]) -> None:
-    """Raise ModelError where ``modules_to_save`` names another module, or a table has an adapter."""
+def _refuse_names(lora: LoraConfig, tables: dict[str, Any]) -> None:
+    """Raise ModelError where ``modules_to_save`` names another module."""
     shown = " nor ".join(tables)
     for ending in lora.modules_to_save or ():
         if not any(ends(ending, name) for name in tables):
             raise ModelError(f"lora.modules_to_save: {ending} is neither {shown}, which alone can be. Correct it.")
-    adapted = [target.name for target in targets if target.name in tables]
+
+
+def _refuse_adapted(lora: LoraConfig, tables: Sequence[Table], targets: Sequence[Target]) -> None:
+    """Raise ModelError where a table has an adapter."""
+    trained = {name for table in tables for name in table.modules}
+    adapted = [target.name for target in targets if target.name in trained]
     if adapted:
         raise ModelError(
             f"lora.target_modules: {adapted[0]} has rows that are trained ({_asked(lora)}), and would have an adapter "

@@ -183,6 +183,8 @@ def logits(opened: Opened, base: Path | None, prompts: Sequence[str], dtype: tor
         raise ConversionError(f"{opened.where}: is an adapter. Give its --base to compare logits.")
     folder = base if opened.is_adapter and base is not None else opened.where
     tokenizer = AutoTokenizer.from_pretrained(base or folder)
+    if opened.is_adapter and files.tokenizer_files(opened.where).keys() - files.TEMPLATES:
+        tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(opened.where), key=len)  # new tokens
     of_two = AutoConfig.from_pretrained(folder).is_encoder_decoder
     kind: Any = AutoModelForSeq2SeqLM if of_two else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=dtype)
@@ -201,9 +203,10 @@ def _adapted(model: Any, opened: Opened) -> Any:
     from peft import PeftModel
 
     named = {peft_format.PREFIX + name: tensor for name, tensor in opened.tensors.items()}
-    rows = peft_format.check(opened.config, named, str(opened.where)).vocabulary
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)  # as PEFT asks of its user; every row is the adapter's
+    adapter, before = peft_format.check(opened.config, named, str(opened.where)), model.get_input_embeddings()
+    rows = adapter.vocabulary or max((r.grown(before.num_embeddings) for r in adapter.rows.values()), default=0)
+    if rows and rows != before.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # as PEFT asks of its user; new rows are the adapter's
     with tempfile.TemporaryDirectory() as folder:
         peft_format.write(Path(folder), opened.config, named)
         return PeftModel.from_pretrained(model, folder)

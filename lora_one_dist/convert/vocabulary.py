@@ -15,7 +15,6 @@ from lora_one_dist.adapters.peft_format import Adapter
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json
 
 Shards = dict[str, dict[str, LazyTensor]]
-HEAD = "lm_head"
 
 
 def untie(shards: Shards, config: dict[str, Any], adapter: Adapter, notes: list[str]) -> tuple[Shards, dict[str, Any]]:
@@ -24,10 +23,11 @@ def untie(shards: Shards, config: dict[str, Any], adapter: Adapter, notes: list[
     Where the adapter changes both alike, it then holds the change under every name that the base has for the tensor.
     """
     held = {name: file for file, tensors in shards.items() for name in tensors}
-    found = (name for name in held if _is_embedding(name) and not name.startswith(f"{HEAD}."))
-    embedding, head = next(found, None), f"{HEAD}.weight"
-    tied = embedding is not None and (head not in held or config.get("tie_word_embeddings") is True)
     touched = adapter.weights.keys() | adapter.replaced.keys() | adapter.rows.keys()
+    found = [name for name in (*held, *sorted(touched - held.keys())) if _is_embedding(name)]
+    head = next((name for name in found if _is_head(name)), "lm_head.weight")
+    embedding = next((name for name in found if name in held and not _is_head(name)), None)
+    tied = embedding is not None and (head not in held or config.get("tie_word_embeddings") is True)
     if not tied or embedding is None or not {embedding, head} & touched:
         return shards, config
     if _stay_one(embedding, head, adapter):
@@ -46,6 +46,10 @@ def untie(shards: Shards, config: dict[str, Any], adapter: Adapter, notes: list[
 def _is_embedding(name: str) -> bool:
     module, _, parameter = name.rpartition(".")
     return parameter == "weight" and peft_settings.is_embedding(module)
+
+
+def _is_head(name: str) -> bool:
+    return peft_settings.is_head(name.removesuffix(".weight"))
 
 
 def _stay_one(embedding: str, head: str, adapter: Adapter) -> bool:

@@ -37,17 +37,21 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Tokenizer:
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """Add tokens to a tokenizer; returns their ids.
+    """Add tokens to a tokenizer, each found in a text as it is written; returns their ids.
+
+    Normalised, one behind a word would be missed where a normaliser puts a space in front of every text (Llama 2).
 
     Raises DataError: it has one of them, or gives one an id that is another's.
     """
+    from transformers import AddedToken
+
     before = tokenizer.get_vocab()
     known = [token for token in tokens if token in before]
     if known or len(set(tokens)) < len(tokens):
         twice = known or [token for token in tokens if list(tokens).count(token) > 1]
         rule = "the tokenizer has it already" if known else "it is named twice"
         raise DataError(f"lora.new_tokens = {list(tokens)}: {twice[0]!r} is not new: {rule}. Leave it out.")
-    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     taken = set(before.values()) & set(ids)
     if taken or len(set(ids)) < len(ids):

@@ -21,8 +21,7 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
 - ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
-                   ``table gradient``: e V h of a whole embedding, where backward ends; ``table update``: what is
-                   sent of one table
+                   ``table update``: what is sent of one table
 """
 
 from __future__ import annotations
@@ -92,12 +91,14 @@ def logits_bytes(shape: Shape, config: Config, cluster: Cluster, tokens: int) ->
 
 
 def all_logits_bytes(table: Table, config: Config, cluster: Cluster, tokens: int) -> int:
-    """Of a head of which rows are trained: all logits, which become their gradient, and in bf16 a few in fp32.
+    """Of a head of which rows are trained: all logits, which become their gradient, and in bf16 a few in fp32, or a few
+    rows of the head's gradient.
 
     Of tokens that the base has rows for, a copy of the gradient without them goes to the base's product.
     """
     e = element_bytes(config)
-    pieces = min(_loss_bytes(cluster), 4 * tokens * table.rows) if e < 4 else 0
+    most = 4 * max(tokens * table.rows, table.trained * max(tokens, table.width))
+    pieces = min(_loss_bytes(cluster), most) if e < 4 else 0
     copied = e * tokens * table.old if not table.whole and table.new[0] < table.old else 0
     return e * tokens * table.rows + max(pieces, copied)
 
@@ -178,13 +179,12 @@ def _states_of_tables(shape: Shape, config: Config, cluster: Cluster) -> dict[st
 
 
 def _moments_of_tables(shape: Shape, config: Config, cluster: Cluster) -> list[dict[str, int]]:
-    """Where backward ends, and behind it, while what was received of a table is summed and its rows are sent."""
+    """Behind backward, while what was received of a table is summed and its rows are sent."""
     if not shape.tables:
         return []
     e, largest = element_bytes(config), max(table.size for table in shape.tables)
-    looked_up = max((table.size for table in shape.tables if table.whole and table.has_embedding), default=0)
     received = 3 * min(EXCHANGE_BYTES, 4 * largest) // 2 if cluster.ranks > 1 else 0
-    return [{"table gradient": e * looked_up}, {"table update": max(received, e * largest // cluster.ranks)}]
+    return [{"table update": max(received, e * largest // cluster.ranks)}]
 
 
 def _gathers(config: Config, cluster: Cluster) -> bool:

@@ -47,21 +47,29 @@ def operations_by_phase(
         found["svd"] = 4.0 * BLOCKS_EXPECTED * (3 if parts == 2 else 1) * columns * len(groups)
     passes, tokens = _passes_of_step(config, cluster), tokens_of("step", config)
     forward, again = _forward(shape, config, tokens), _again(shape, config, tokens) * recomputed["step"]
-    found["step"] = passes * (2 * forward + again + 6.0 * tokens * shape.adapter)
+    found["step"] = passes * (2 * forward + again + 6.0 * tokens * shape.adapter + _of_trained_head(shape, tokens))
     return found
 
 
 def needed_operations(shape: Shape, tokens: int, pairs: int) -> tuple[float, float]:
     """What a step must do at least: 4 N a token for N parameters that are multiplied by, and with attention beside.
 
-    Nothing that is computed again counts, nor what the adapters add.  ``pairs``: sum of the documents' squared lengths.
+    Nothing that is computed again counts, nor what the adapters add; a trained head's gradient does.  ``pairs``: sum of
+    the documents' squared lengths.
     """
-    products, attention = 4.0 * tokens * shape.passed, 6.0 * pairs * shape.queries * shape.passed_layers
+    products = 4.0 * tokens * shape.passed + _of_trained_head(shape, tokens)
+    attention = 6.0 * pairs * shape.queries * shape.passed_layers
     return products, products + attention  # 2 + 4 forward and back, halved, twice
 
 
 def _passes_of_step(config: Config, cluster: Cluster) -> int:
     return passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
+
+
+def _of_trained_head(shape: Shape, tokens: int) -> float:
+    """The gradient of an output head, 2 a token and element; of rows beside the base's their products too."""
+    table = shape.trained_head
+    return 0.0 if table is None else (2.0 if table.whole else 6.0) * tokens * table.size
 
 
 def _attention(shape: Shape, config: Config, tokens: int) -> float:

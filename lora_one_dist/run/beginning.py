@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_one_dist.adapters import folder as adapter_files
 from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters, set_frozen
+from lora_one_dist.adapters.tables import TrainedTable, set_rows
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
@@ -56,9 +57,8 @@ def begin(
     else:
         result = pairs.Initialisation(read.given.pairs)
     with phases("set adapters"):
-        adapters, losses = _set(config, read.plan.targets, base, result, batch)
+        adapters, losses = _set(config, read, base, result, beside.tables, batch)
     record.say("loss of the init batch: {:.6f} before, {:.6f} with the adapters set".format(*losses))
-    record.say_how_loss_is_taken(base.module)
     if read.given is None:
         pairs.check_loss(*losses, config)
     initial = None
@@ -67,6 +67,7 @@ def begin(
         initial = initial if record.writes else {}
     _report(config, read.plan.targets, record, result, losses, samples, adapters, initial, beside)
     optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
+    record.say_how_loss_is_taken(base.module)
     return Trained(adapters, initial, beside, optimizer, before)
 
 
@@ -141,13 +142,23 @@ def _by_layer_groups(
 
 
 def _set(
-    config: Config, targets: Sequence[Target], base: Base, result: pairs.Initialisation, batch: Batch
+    config: Config,
+    read: Inputs,
+    base: Base,
+    result: pairs.Initialisation,
+    tables: Sequence[TrainedTable],
+    batch: Batch,
 ) -> tuple[list[Adapter], tuple[float, float]]:
-    """Put the pairs into the model.  Returns the adapters, and the loss of the init batch before and after."""
+    """Put the pairs into the model, and the rows that a given adapter has beside them.
+
+    Returns the adapters, and the loss of the init batch before and after.
+    """
+    targets = read.plan.targets
     whole = [micro_batch for part in batch for micro_batch in part]
     before = result.loss if result.loss is not None else pairs.batch_loss(base, whole)
     adapters = inject_adapters(base, peft_config(config.lora, targets, config.model.path), targets, config.model.dtype)
     lost = set_adapters(base, adapters, result.pairs, config.changes_base)
+    set_rows(tables, read.given.tables if read.given is not None else {})
     for row in result.rows:
         row["base_rounding"] = lost.get(row["name"])
     return adapters, (before, pairs.batch_loss(base, whole))

@@ -116,13 +116,12 @@ def find(root: Path, resume: str, own: Mapping[str, Any]) -> tuple[Found | None,
     """
     newest_first = comm.all_gather_object(saved_steps(root / "checkpoints"))[0]
     named = Path(resume) if resume not in ("auto", "never") else None
-    if named is not None and newest_first:
-        own_folder = named.resolve().parent == (root / "checkpoints").resolve()
-        if own_folder and named.name != newest_first[0]:
-            raise CheckpointError(
-                f"resume = {resume}: the run has gone on to {newest_first[0]} since. To branch off there give another "
-                "output_dir; to go on, resume: auto."
-            )
+    within = named is not None and named.resolve().parent == (root / "checkpoints").resolve()
+    if named is not None and within and newest_first and named.name != newest_first[0]:
+        raise CheckpointError(
+            f"resume = {resume}: the run has gone on to {newest_first[0]} since. To branch off there give another "
+            "output_dir; to go on, resume: auto."
+        )
     notes: list[str] = []
     for name in newest_first:
         state, fault = _read(root / "checkpoints" / name)

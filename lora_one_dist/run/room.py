@@ -27,8 +27,9 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Tabl
 
 def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    parameters = sum(one.size if isinstance(one, Table) else one.adapter for one in trained)
-    frozen = sum(one.pair for one in trained if isinstance(one, Target) and config.lora.kind == "lora_sb")
-    working = {"fp32": 4, "bf16": 2}[config.model.dtype]
-    states = parameters * (12 if config.optim.name == "adamw" else 4)
-    return states + parameters * (8 if config.changes_base else working) + frozen * (4 + working)
+    working, states = {"fp32": 4, "bf16": 2}[config.model.dtype], 12 if config.optim.name == "adamw" else 4
+    tables = sum(one.size * (states + one.names * working) for one in trained if isinstance(one, Table))
+    targets = [one for one in trained if isinstance(one, Target)]
+    frozen = sum(one.pair for one in targets) if config.lora.kind == "lora_sb" else 0
+    exported = 8 if config.changes_base else working
+    return tables + sum(one.adapter for one in targets) * (states + exported) + frozen * (4 + working)

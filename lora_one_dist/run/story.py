@@ -73,9 +73,7 @@ def _from_load_to_summary(
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
         base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size, progress)
-        rows = read.given.tables if read.given is not None else {}
-        tables = put_tables(base, read.tables, rows)
-        beside = Beside(tables, read.tokenizer_files, task_type(read.plan.skeleton))
+        beside = Beside(put_tables(base, read.tables), read.tokenizer_files, task_type(read.plan.skeleton))
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )

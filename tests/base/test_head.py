@@ -209,3 +209,19 @@ def test_a_head_in_a_module_of_its_own_hands_that_module_a_gradient():
         loss_sum(net, batches.collate(models.samples(5), 0)).backward()
     assert len(reached) == 2, "DeepSpeed gathers the module's weights by it"
     assert "module of its own" in head.why_whole(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_trained_head_is_made_a_few_rows_at_a_time(dtype, monkeypatch):
+    monkeypatch.setitem(head.LOSS_BYTES, "cpu", 4 * 32 * 10)  # ten rows
+    shapes, product = [], head.weight_gradient
+    monkeypatch.setattr(head, "weight_gradient", lambda *given: shapes.append(given[2].shape) or product(*given))
+    torch.manual_seed(0)
+    layer = head.WholeHead(32, 64, bias=False, dtype=dtype)
+    layer.weight.main_grad = torch.ones(64, 32)
+    hidden, change = torch.randn(1, 5, 32).to(dtype).requires_grad_(), torch.randn(1, 5, 64).to(dtype)
+    layer(hidden).backward(change)
+    exact = 1 + change[0].double().T @ hidden[0].detach().double()
+    assert shapes == [(10, 32)] * 6 + [(4, 32)]
+    assert reference.relative(layer.weight.main_grad, exact) <= 1e-6
+    torch.testing.assert_close(hidden.grad, change @ layer.weight)

@@ -44,6 +44,8 @@ def test_tables(model):
     ]
     (head,) = planned(model, modules_to_save=["lm_head"])
     assert (head.modules, head.rows, head.trained) == (("lm_head",), 64, 64)
+    (beside,) = planned(model, modules_to_save=["embed_tokens"], target_modules=["lm_head"])
+    assert beside.modules == ("model.embed_tokens",), "the head has an adapter, and no row that is trained"
     assert [t.trained for t in planned(model, 64, modules_to_save=BOTH)] == [65, 65]
     (tied,) = planned(models.qwen2(), 20, modules_to_save=["lm_head"])
     assert (tied.modules, tied.rows, tied.trained, tied.new) == (("model.embed_tokens", "lm_head"), 64, 64, (20,))
@@ -71,7 +73,11 @@ def with_two_stacks(model):
     [
         (with_two_stacks, {"modules_to_save": BOTH}, "cannot be trained: decoder_tokens shares its embedding's weight"),
         (with_bias, {"new_tokens": ["<a>"]}, r"new_tokens = \['<a>'\]: rows of this model cannot be trained: .*a bias"),
-        (with_norm, {}, "a tokenizer with more tokens than the model: rows of this model cannot be trained"),
+        (
+            with_norm,
+            {},
+            r"more tokens than the model: rows of this .*\. Take the model's own tokenizer",
+        ),
         (with_other_embedding, {}, "embed_tokens_per_layer has a row for each of the 64 tokens too"),
         (None, {"modules_to_save": ["q_proj"]}, "q_proj is neither model.embed_tokens nor lm_head"),
         (None, {"modules_to_save": ["lm_head"]}, "must name both model.embed_tokens and lm_head, or none"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lora_one_dist.commands import verify
 from lora_one_dist.convert import compare, export, files, merge
 from lora_one_dist.disk.lazy import ConversionError
-from tests import tool
+from tests import models, tool
 
 PROMPTS = ["w5 w9 w17", "w40 w8"]
 
@@ -120,17 +120,27 @@ def test_adapters_of_different_rank_that_compute_the_same(pair, tmp_path):
     assert verify.main(logits) == 0  # fp32 sums of the same products and zeros, in another order
 
 
+NEW = [f"<{i}>" for i in range(6)]
+ROWS = {"trainable_token_indices": {name: [*range(64, 70)] for name in ("embed_tokens", "lm_head")}}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of resized embeddings
-def test_adapter_with_a_larger_vocabulary(model_folder, tmp_path):
-    """Its logits are those of its merge, which is tested against PEFT's."""
-    base = model_folder("llama")
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["lm_head"]}, ROWS], ids=["whole", "rows"])
+def test_adapter_with_a_larger_vocabulary(trained, model_folder, tmp_path):
+    """Its logits are those of its merge, which is tested against PEFT's; its tokenizer's new tokens are among them."""
+    base, tokenizer = model_folder("llama"), models.tokenizer("llama")
     larger = AutoModelForCausalLM.from_pretrained(base)
     larger.resize_token_embeddings(70, mean_resizing=False)
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
-    get_peft_model(larger, LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **trained)
+    get_peft_model(larger, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=trained is not ROWS)
+    tokenizer.add_tokens(NEW)
+    tokenizer.save_pretrained(tmp_path / "adapter")
     merge.run(merge.plan(base, tmp_path / "adapter"), tmp_path / "merged")
-    both = [compare.open_any(tmp_path / name) for name in ("adapter", "merged")]
-    (x,), (y,) = (compare.logits(opened, base, PROMPTS[:1], torch.float64) for opened in both)
+    adapter, merged = (compare.open_any(tmp_path / name) for name in ("adapter", "merged"))
+    (x,), (y,) = (
+        compare.logits(opened, below, [f"w5 {NEW[3]} w9"], torch.float64)
+        for opened, below in ((adapter, base), (merged, None))
+    )
     assert x.shape == (4, 70)
     torch.testing.assert_close(x, y, rtol=0, atol=1e-5)  # of up to 20: merged weights and norms are rounded to fp32
 

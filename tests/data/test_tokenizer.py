@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase, Prepend, Replace, Sequence
+from transformers import PreTrainedTokenizerFast
 
 from lora_one_dist.data.errors import DataError
-from lora_one_dist.data.tokenizer import load_tokenizer
+from lora_one_dist.data.tokenizer import add_tokens, load_tokenizer
 from tests.data.helpers import SPECIAL, build_tokenizer
 
 
@@ -35,3 +39,15 @@ def test_a_tokenizer_that_cannot_pad_or_be_loaded_is_refused(tmp_path):
     (tmp_path / "damaged" / "tokenizer.json").write_text('{"model": {"type": "none"}}')
     with pytest.raises(DataError, match=r"damaged: no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path / "damaged"), False)
+
+
+@pytest.mark.parametrize("normalizer", [Sequence([Prepend("▁"), Replace(" ", "▁")]), Lowercase()])
+def test_a_new_token_is_found_wherever_it_stands(normalizer):
+    """As it is written: Llama 2's normaliser would have a space in front of it, others small letters."""
+    inner = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(["<unk>", "▁", *"<abhiknst>"])}, merges=[]))
+    inner.normalizer = normalizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    (new,) = add_tokens(tokenizer, ["<Think>"])
+    for text in ("<Think>a", "ab<Think>s", "a <Think> b", "a\n<Think>"):
+        assert tokenizer(text).input_ids.count(new) == 1, text
+        assert "<Think>" in tokenizer.decode(tokenizer(text).input_ids)

@@ -1,9 +1,10 @@
-"""Runs that train rows of new tokens, or whole tables: at 1 to 3 ranks, stopped and resumed, by PEFT, merged."""
+"""Runs that train rows of new tokens, or whole tables: at 1 to 3 ranks, killed and resumed, by PEFT, merged."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,23 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from lora_one_dist.commands import merge_adapter, plan
 from lora_one_dist.config.reading import parse_config
 from lora_one_dist.data import batches
+from lora_one_dist.data.rows import load_rows
+from lora_one_dist.data.split import training_data
 from lora_one_dist.plan.prediction import predict
 from lora_one_dist.plan.shape import Cluster
+from lora_one_dist.run import room
 from tests import models, reference
-from tests.ranks import run_ranks, write_json_lines
-from tests.run.test_resume import losses_of, train_until
+from tests.base.test_head import build
+from tests.kill_harness import Point, job
+from tests.ranks import run_commands, run_ranks, write_json_lines
+from tests.run.test_resume import losses_of
 from tests.run.test_wrapped import WHOLE as WRAPPED
 from tests.runs import metrics, refused, settings, train
 from tools.bench import harness, phases
 
 NEW = ["<think>", "</think>", "<x>"]
 BOTH = ["embed_tokens", "lm_head"]
+NAMES = {"GPTNeoX": ["embed_in", "lm_head"], "Bloom": ["word_embeddings", "lm_head"]}
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
@@ -36,7 +43,8 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """By kind: tables apart and tied, without a row to spare; tied with rows to spare; and of a model that sees."""
+    """By kind: tables apart and tied, without a row to spare; tied with rows to spare; of a model that sees; and of
+    other names than most have, apart (in files by other names still) and tied."""
     root = tmp_path_factory.mktemp("bases")
     for kind in ("apart", "tied"):
         model = models.llama(layers=2)
@@ -49,7 +57,10 @@ def bases(tmp_path_factory):
     torch.manual_seed(3)
     AutoModelForImageTextToText.from_config(seeing()).save_pretrained(root / "sees")
     models.tokenizer("llama").save_pretrained(root / "sees")
-    return {kind: root / kind for kind in ("apart", "tied", "spare", "sees")}
+    for kind in NAMES:
+        build(kind).save_pretrained(root / kind)
+        models.tokenizer("llama").save_pretrained(root / kind)
+    return {kind: root / kind for kind in ("apart", "tied", "spare", "sees", *NAMES)}
 
 
 def seeing() -> Gemma3Config:
@@ -98,11 +109,13 @@ def trained_by_peft(base: Path, adapter: Path, tokenizer: Path, raw: dict) -> li
     config = parse_config(raw)
     model = plain(base, adapter, tokenizer, is_trainable=True)
     samples, losses = samples_of(tokenizer, rows(100, 0)), []
+    read = load_rows(config.data.train, config.data.train_split, None)
+    documents = training_data(read, AutoTokenizer.from_pretrained(tokenizer), config.data)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
     for step in range(config.train.max_steps):
-        chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
-        loss = reference.mean_loss(model, [samples[i] for i in chosen])
+        chosen = batches.global_batch(len(documents), config.train.global_batch_size, step, config.train.seed)
+        loss = reference.mean_loss(model, [samples[row] for i in chosen for row in documents.rows_of(i)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
@@ -116,36 +129,76 @@ def largest_gap(first: list[float], second: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
+def killed(raw: dict, ranks: int, hosts: str, step: int, folder: Path) -> None:
+    """A start of a run whose last rank dies by SIGKILL in its so manieth step: adapters have taken it, tables not."""
+    folder.mkdir()
+    point = Point("before tables", "train.rows.RowShardedTables.update", "", rank=ranks - 1, call=step)
+    codes = [code for code, _ in run_commands(folder, ranks, job, raw, folder, point, False, hosts=hosts)]
+    assert codes[-1] == -signal.SIGKILL
+    assert 0 not in codes
+
+
+def bytes_of(folder: Path) -> int:
+    """Of all tensors in it."""
+    return sum(tensor.nbytes for path in folder.rglob("*.safetensors") for tensor in load_file(path).values())
+
+
+def resumed_from(out: Path) -> int:
+    return json.loads((out / "run.json").read_text())["resumed_from"]
+
+
 WHOLE = {"lora__modules_to_save": BOTH}
+BESIDE_ADAPTED_HEAD = {
+    "lora__modules_to_save": ["embed_tokens"],
+    "lora__target_modules": ["q_proj", "lm_head"],
+    "lora__new_tokens": None,
+}
+OFFLOAD = {"deepspeed__config": "ds_configs/zero3_offload.json"}
 full = pytest.mark.full
 CASES = [  # tables, settings, numbers of ranks
     pytest.param("apart", {}, (1, 2, 3), marks=full),
     ("tied", {}, (2,)),
     pytest.param("tied", {}, (1, 3), marks=full),
-    pytest.param("spare", {}, (2,), marks=full),
+    pytest.param("tied", OFFLOAD, (2,), marks=full),
+    pytest.param("apart", {"data__packing": True, **WHOLE}, (2,), marks=full),
+    pytest.param("spare", {"data__packing": True}, (2,), marks=full),
     ("apart", WHOLE, (2,)),
     pytest.param("apart", WHOLE, (1, 3), marks=full),
     pytest.param("tied", WHOLE, (1, 2, 3), marks=full),
     pytest.param("sees", {}, (2,), marks=full),
     pytest.param("sees", WHOLE, (2,), marks=full),
     pytest.param("apart", {"lora__modules_to_save": ["lm_head"], "lora__new_tokens": None}, (2,), marks=full),
+    pytest.param("apart", BESIDE_ADAPTED_HEAD, (2,), marks=full),
+    *(pytest.param(kind, {"lora__modules_to_save": names}, (2,), marks=full) for kind, names in NAMES.items()),
 ]
 
 
 @pytest.mark.parametrize(("kind", "changes", "ranks"), CASES)
 def test_run(kind, changes, ranks, bases, tmp_path):
-    """Every loss is that of PEFT's model in one process; so is what PEFT loads of the result, and the merged model."""
+    """Every loss is that of PEFT's model in one process; so is what PEFT loads of the result, and the merged model.
+
+    The run of the shorter suite is killed at 3 ranks and goes on at 2.
+    """
     base = bases[kind]
     fixed = {"optim__preconditioner": "none", "optim__weight_decay": 0.1, **changes}
     outs = {}
     for count in ranks:
         outs[count] = tmp_path / f"{count}"
-        run_ranks(count, train, settings_of(base, outs[count], **fixed))
+        raw = settings_of(base, outs[count], **fixed)
+        if (kind, changes, count) == ("tied", {}, 2):
+            raw["checkpoint"] = {"steps": 2}
+            killed(raw, 3, "aab", 4, tmp_path / "killed")
+        run_ranks(count, train, raw)
+        assert resumed_from(outs[count]) == (2 if "checkpoint" in raw else None)
     out = outs[ranks[-1]]
     named = out / "adapter" if (out / "adapter" / "tokenizer.json").exists() else base
     truth = trained_by_peft(base, out / "adapter_init", named, settings_of(base, out, **fixed))
     gaps = [largest_gap(losses_of(other), truth) for other in outs.values()]
     last = metrics(out)[-1]["eval_loss"]
+    planned = plan.shape_of(parse_config(raw))
+    assert bytes_of(out / "checkpoints" / "step-6") == room.size_bytes(
+        parse_config(raw), [*planned.targets, *planned.tables]
+    )
     samples = samples_of(named, rows(21, 1))
     by_peft = eval_loss(plain(base, out / "adapter", named), samples)
     assert merge_adapter.main([str(base), str(out / "adapter"), "--out", str(tmp_path / "merged")]) == 0
@@ -163,20 +216,23 @@ def test_run(kind, changes, ranks, bases, tmp_path):
     assert abs(merged - last) <= 1e-5
 
 
-# Ranks, their hosts, shard group, step at which the stage is stopped.
-STAGES = [(2, "aa", "world", 2), (3, "aab", "world", 4), (1, "a", "world", None)]
+# Ranks, their hosts, shard group, in which step of its own the stage is killed.
+STAGES = [(2, "ab", "node", 3), (3, "aab", "world", 3)]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("changes", [{}, WHOLE], ids=["rows", "whole"])
 def test_goes_on_at_another_number_of_ranks(changes, bases, tmp_path):
-    """Under a method that changes the base and exports at rank 2r, and with checkpointing of both kinds."""
+    """Killed twice; under a method that changes the base and exports at rank 2r, with checkpointing of both kinds."""
     fixed = {"train__eval_steps": 3, "init__method": "lora_one_v1", "model__recompute": "all", **changes}
     straight, out = tmp_path / "straight", tmp_path / "run"
     run_ranks(2, train, settings_of(bases["tied"], straight, **fixed, model__checkpointing="reentrant"))
-    for count, hosts, group, stop in STAGES:
-        raw = settings_of(bases["tied"], out, **fixed, deepspeed__shard_group=group)
-        assert run_ranks(count, train_until, raw, stop or 0, hosts=hosts) == ["stopped" if stop else "ended"] * count
+    raw = settings_of(bases["tied"], out, **fixed) | {"checkpoint": {"steps": 2}}
+    for count, hosts, group, step in STAGES:
+        raw["deepspeed"]["shard_group"] = group
+        killed(raw, count, hosts, step, tmp_path / hosts)
+    run_ranks(1, train, raw)
+    assert resumed_from(out) == 4
     assert len(losses_of(out)) == 6
     ours, its = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, straight))
     gap = max(float((ours[name] - its[name]).abs().max() / its[name].abs().max()) for name in its)
@@ -209,6 +265,7 @@ def test_learns_to_answer_with_new_tokens(changes, bases, tmp_path):
     assert (before, after > 0.4) == (0.0, True)
 
 
+@pytest.mark.full
 def test_a_tokenizer_with_more_tokens_than_the_model(bases, tmp_path):
     """Trains them unasked, as if the run had added them."""
     base = tmp_path / "base"
@@ -231,6 +288,9 @@ def test_begins_from_an_adapter_with_tables(changes, bases, tmp_path):
     before, after = (load_file(f / "adapter_model.safetensors") for f in (given, tmp_path / "second" / "adapter_init"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    first, second = (json.loads((tmp_path / n / "init_report.json").read_text()) for n in ("first", "second"))
+    assert second["loss_before"] == pytest.approx(first["loss_before"], rel=1e-6), "without the given rows"
+    assert second["loss_after"] < first["loss_after"]
     other = settings_of(bases["apart"], tmp_path / "third", **again | {"lora__new_tokens": ["<think>"]})
     assert "its rows of model.embed_tokens are others than the" in run_ranks(1, refused, other)[0]
     none = settings_of(bases["apart"], tmp_path / "third", init__adapter=str(given), lora__new_tokens=None)
