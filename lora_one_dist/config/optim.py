@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_one_dist.config.effect import not_with, only_with
+from lora_one_dist.config.effect import Effect, not_with, only_with
 from lora_one_dist.config.group import Group
 
 PAIR_KINDS = ("lora", "dora")  # whose A and B train, as the preconditioner has them
 DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
-DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "none": None}
+DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "lora_pro": 1e-8, "none": None}
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,12 +30,19 @@ class OptimConfig(Group):
     """AdamW's epsilon, above 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, at least 0."""
-    preconditioner: Annotated[Literal["rescaled", "riemannian", "none"] | None, only_with("lora.kind", *PAIR_KINDS)] = (
-        None
-    )
+    preconditioner: Annotated[
+        Literal["rescaled", "riemannian", "lora_pro", "none"] | None,
+        only_with("lora.kind", *PAIR_KINDS),
+        Effect(
+            ("optim.preconditioner", "lora.kind"),
+            lambda form, kind: form != "lora_pro" or kind == "lora",
+            "= lora_pro is for lora.kind lora. Set one of them back.",
+        ),
+    ] = None
     """riemannian: gA <- (B'B + damping I)^-1 gA, gB <- gB (AA' + damping I)^-1 (arXiv 2402.02347), as in LoRA-One's
     paper. rescaled: then scaled to the raw gradient's norm, matrix by matrix, which AdamW's moments need, and fading
-    with the rate (results/defaults). Default: rescaled with adamw, riemannian with sgd."""
+    with the rate (results/defaults). lora_pro: both adjusted to what full fine-tuning would change (arXiv 2407.18242),
+    with AdamW's moments of whole weights on their owners. Default: rescaled with adamw, riemannian with sgd."""
     damping: Annotated[
         float | None,
         not_with("optim.preconditioner", "none"),
@@ -44,7 +51,8 @@ class OptimConfig(Group):
         ),
     ] = Field(None, gt=0)
     """The preconditioner's damping, above 0. rescaled: in units of the Gram's mean eigenvalue, at the peak rate (it
-    grows as the rate falls), default 1; riemannian: as it is, default 1e-6; values in papers span 1e-6 to 100."""
+    grows as the rate falls), default 1; riemannian: as it is, default 1e-6, values in papers span 1e-6 to 100;
+    lora_pro: as it is, default 1e-8."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the raw gradient's global norm, before the preconditioner; 0: do not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -56,6 +64,11 @@ class OptimConfig(Group):
     def form(self) -> str:
         """The preconditioner in force: as given, or the optimizer's own default."""
         return self.preconditioner or DEFAULT_FORM[self.name]
+
+    @property
+    def moments_of_weights(self) -> bool:
+        """Are AdamW's moments those of whole weights (LoRA-Pro), not of pairs?"""
+        return self.form == "lora_pro" and self.name == "adamw"
 
     @property
     def damping_in_force(self) -> float | None:

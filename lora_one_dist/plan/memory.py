@@ -17,6 +17,7 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
                    AROUND_NORM T h
 - ``krylov``       the largest owned layer's SVD (:mod:`lora_one_dist.initialise.spectral`)
 - ``pairs``        4 sum(r (m + n)): the adapters to be, on every rank from the broadcast on
+- ``moments of weights``  8 sum(m n) of the owner that has most of them, of LoRA-Pro under AdamW
 - ``frozen pairs``  w sum(r (m + n)) while training, of LoRA-SB
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
@@ -149,8 +150,11 @@ def memory_and_recomputed(
         krylov = max((krylov_bytes(target, count) for target, count in needed), default=0)
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
-    p = make_layout(shape.targets, cluster.ranks).share * cluster.ranks
-    states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
+    layout = make_layout(shape.targets, cluster.ranks)
+    p, kept = layout.share * cluster.ranks, 8 if config.optim.moments_of_weights else 16
+    states = {"adapters": (e + 4) * p, "states": kept * p // cluster.ranks}
+    if config.optim.moments_of_weights:
+        states["moments of weights"] = 8 * layout.largest_sum([target.m * target.n for target in shape.targets])
     if config.lora.kind == "lora_sb":
         states["frozen pairs"] = e * shape.pairs
     if config.init.method in COMPENSATED_METHODS:

@@ -51,6 +51,13 @@ class Layout:
     blocks: tuple[Block, ...]
     share: int
 
+    def largest_sum(self, values: Sequence[int]) -> int:
+        """Of a value for each target: the largest sum over what one rank owns."""
+        sums: dict[int, int] = {}
+        for block in self.blocks:
+            sums[block.owner] = sums.get(block.owner, 0) + sum(values[i] for i in block.targets)
+        return max(sums.values())
+
     def views(self, flat: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
         """Per target index its tensors, A (r, n) and B (m, r) of plain LoRA, inside a flat tensor of all shares."""
         found = {}

@@ -33,6 +33,7 @@ from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.cluster import comm, hierarchy
 from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.initialise import spectral
+from lora_one_dist.train import lora_pro
 from lora_one_dist.train.layout import Block, make_layout
 from lora_one_dist.train.precondition import damping_at, precondition
 from lora_one_dist.train.rows import RowShardedTables
@@ -97,9 +98,13 @@ class LayerShardedOptimizer:
         own = slice(hierarchy.slot() * self.layout.share, (hierarchy.slot() + 1) * self.layout.share)
         self.own_working = self.working[own]
         self.masters = self.own_working.float()
-        adamw = config.name == "adamw"
+        adamw = config.name == "adamw" and not config.moments_of_weights
         self.first = torch.zeros_like(self.masters) if adamw else None
         self.second = torch.zeros_like(self.masters) if adamw else None
+        self.scalings = torch.tensor([a.target.scaling for a in adapters], dtype=torch.float64, device=first.device)
+        self.pro: dict[int, lora_pro.Moments] = {}
+        if config.moments_of_weights:
+            self.pro = {block.start: self._moments_of(block) for block in self._own_blocks()}
         self.grads: torch.Tensor | None = None
         self.steps = 0
         self.checked = False
@@ -167,13 +172,24 @@ class LayerShardedOptimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's fp32 masters and moments by name, as views; all ranks' are the whole.  Not collective."""
-        return {
+        found = {
             f"{self.names[i]}.{name}.{kind}": tensor
             for kind, flat in self._kinds()
             for block in self._own_blocks()
             for name, stacked in block.split(flat).items()
             for i, tensor in zip(block.targets, stacked, strict=True)
-        } | self.tables.state()
+        }
+        of_weights = {
+            f"{self.names[i]}.weight.{kind}": tensor
+            for block in self._own_blocks()
+            if block.start in self.pro
+            for kind, stacked in (
+                ("exp_avg", self.pro[block.start].first),
+                ("exp_avg_sq", self.pro[block.start].second),
+            )
+            for i, tensor in zip(block.targets, stacked, strict=True)
+        }
+        return found | of_weights | self.tables.state()
 
     def _kinds(self) -> list[tuple[str, torch.Tensor]]:
         """What is kept of each parameter, by the names that torch's AdamW has for it."""
@@ -199,10 +215,7 @@ class LayerShardedOptimizer:
         for block in self._own_blocks():
             values, turned = block.split(self.masters), block.split(grads)
             if config.damping_in_force is not None and "lora_A" in values:
-                A, B = values["lora_A"], values["lora_B"]
-                pair = precondition(
-                    A, B, turned["lora_A"], turned["lora_B"], damping_at(lr, config), config.form == "rescaled"
-                )
+                pair = self._turn(block, values, turned, damping_at(lr, config))
                 turned |= dict(zip(("lora_A", "lora_B"), pair, strict=True))
             for name, value in values.items():
                 rate = lr * (config.lr_ratio_b if name == "lora_B" else 1.0)
@@ -211,6 +224,24 @@ class LayerShardedOptimizer:
                     continue
                 moments = block.split(self.first)[name], block.split(self.second)[name]
                 adamw_(value, turned[name], *moments, self.steps, rate, config.betas, config.eps, config.weight_decay)
+
+    def _turn(
+        self, block: Block, values: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], damping: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of a block's pairs, preconditioned."""
+        config = self.config
+        (A, B), (gA, gB) = ((held["lora_A"], held["lora_B"]) for held in (values, grads))
+        if config.form != "lora_pro":
+            return precondition(A, B, gA, gB, damping, config.form == "rescaled")
+        s = self.scalings[list(block.targets)].view(-1, 1, 1)
+        if block.start in self.pro:
+            return self.pro[block.start].turn((A, B), (gA, gB), s, damping, self.steps, config.betas, config.eps)
+        dA, dB = lora_pro.adjusted(A, B, gA, gB, s, damping)
+        return dA.float(), dB.float()
+
+    def _moments_of(self, block: Block) -> lora_pro.Moments:
+        shapes = dict(block.shapes)
+        return lora_pro.Moments(len(block.targets), shapes["lora_B"][0], shapes["lora_A"][1], self.masters.device)
 
     def _name_non_finite(self, grads: torch.Tensor) -> list[str]:
         return [

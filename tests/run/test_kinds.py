@@ -28,12 +28,17 @@ KINDS = {
     "dora from pissa": {"lora__kind": "dora", "init__method": "pissa"},
     "lora_sb": {**SB, "lora__alpha": 4.0, "lora__use_rslora": False, "optim__lr": 2e-3},
 }
+PRO = {
+    "lora_pro": {"init__method": "lora_one_v1", "optim__lr": 1e-3},
+    "lora_pro sgd": {"init__method": "lora_one_v1", "optim__name": "sgd", "optim__lr": 0.03},
+}
+KINDS |= {kind: {**changes, "optim__preconditioner": "lora_pro"} for kind, changes in PRO.items()}
 FIXED = {"train__max_steps": STEPS, "optim__weight_decay": 0.1, "optim__preconditioner": None}
 
 
 def settings_of(kind: str, base: Path, out: Path) -> dict:
     changes = {**FIXED, **KINDS[kind]}
-    if kind != "lora_sb":
+    if "dora" in kind:
         changes["optim__preconditioner"] = "none"
     return settings(base, out, **changes)
 
@@ -46,7 +51,7 @@ def start_of(kind: str, folder: Path, model, s: float) -> dict[str, dict[str, to
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         A, B = (file[name_of(name, f"lora_{side}.weight")].double() for side in "AB")
         W = model.get_submodule(name).weight.detach().double()
-        if KINDS[kind].get("init__method") == "pissa":  # exported at rank 2r: [A; A0], [B | -B0]
+        if KINDS[kind].get("init__method") in ("pissa", "lora_one_v1"):  # exported at rank 2r: [A; A0], [B | -B0]
             r = A.shape[0] // 2
             W, A, B = W + s * B[:, r:] @ A[r:], A[:r], B[:, :r]
         found[name] = {"W": W, "A": A, "B": B}
@@ -76,6 +81,7 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     s, losses = config.scaling, []
     layers = start_of(kind, folder, model, s)
+    moments: dict[str, list] = {}
     trained = [t for held in layers.values() for key, t in held.items() if key in ("ABm" if kind != "lora_sb" else "R")]
     optimizer = torch.optim.AdamW(
         [t.requires_grad_() for t in trained], eps=config.optim.eps, weight_decay=config.optim.weight_decay
@@ -89,13 +95,44 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
 
         chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
         loss = reference.mean_loss(adapted, [samples[i] for i in chosen])
+        losses.append(float(loss.detach()))
+        rate = config.optim.lr * (1 - step / STEPS)
+        if kind in PRO:
+            grads = dict(zip(layers, torch.autograd.grad(loss, list(weights.values())), strict=True))
+            step_of_lora_pro(layers, grads, moments, config, step + 1, rate)
+            continue
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = config.optim.lr * (1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        losses.append(float(loss.detach()))
     return losses
+
+
+@torch.no_grad()
+def step_of_lora_pro(layers, grads, moments, config, t, rate) -> None:
+    """From the gradients of whole weights; X by Kronecker products, the best change of W by projections."""
+    s, (first, second) = config.scaling, config.optim.betas
+    of_pairs = [s * x for name, G in grads.items() for x in (layers[name]["B"].T @ G, G @ layers[name]["A"].T)]
+    norm = torch.sqrt(sum(x.square().sum() for x in of_pairs))
+    for name, G in grads.items():
+        A, B = layers[name]["A"], layers[name]["B"]
+        G = G * min(1.0, config.optim.max_grad_norm / (float(norm) + 1e-6))
+        eye = torch.eye(A.shape[0], dtype=A.dtype)
+        BB, AA = B.T @ B + 1e-8 * eye, A @ A.T + 1e-8 * eye  # the authors' damping
+        if config.optim.name == "adamw":
+            left, right = B @ torch.linalg.inv(BB) @ B.T, A.T @ torch.linalg.inv(AA) @ A
+            best = left @ G + (G - left @ G) @ right
+            m, v = moments.setdefault(name, [0.0, 0.0])
+            m, v = first * m + (1 - first) * best, second * v + (1 - second) * best**2
+            moments[name] = [m, v]
+            G = (m / (1 - first**t)) / ((v / (1 - second**t)).sqrt() + config.optim.eps)
+        dA = torch.linalg.solve(BB, B.T @ G) / s
+        dB = (G - B @ torch.linalg.solve(BB, B.T @ G)) @ A.T @ torch.linalg.inv(AA) / s
+        known = -(dA @ A.T).flatten()
+        X = torch.linalg.solve(torch.kron(BB, eye) + torch.kron(eye, AA.T.contiguous()), known).view_as(eye)
+        A.mul_(1 - rate * config.optim.weight_decay).sub_(rate * (dA + X @ A))
+        B.mul_(1 - rate * config.optim.weight_decay).sub_(rate * (dB - B @ X))
 
 
 def train_each(raws: list[dict], stop: int = 0) -> list[str]:
