@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import has_encoder, parts, stacks
 from lora_one_dist.base.dropout import dropout_off
-from lora_one_dist.base.graph import begin_at_embeddings
+from lora_one_dist.base.graph import begin_at_embeddings, input_embedding
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
 from lora_one_dist.base.skeleton import ModelError, cause_of
@@ -233,7 +233,8 @@ def _at_embedding(model: Any, found: list[torch.Tensor]) -> Iterator[None]:
         output.register_hook(lambda gradient: by_call.__setitem__(call, gradient))
 
     owners = parts(model) if has_encoder(model) else (model,)
-    handles = [layer.register_forward_hook(watch) for layer in {owner.get_input_embeddings() for owner in owners}]
+    layers = {input_embedding(owner) for owner in owners} - {None}
+    handles = [layer.register_forward_hook(watch) for layer in layers if layer is not None]
     try:
         yield
         found.append(torch.cat([by_call[call].flatten() for call in sorted(by_call)]))

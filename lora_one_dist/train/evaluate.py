@@ -18,6 +18,7 @@ from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
+from lora_one_dist.base.two_stacks import whole_windows
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
@@ -99,6 +100,8 @@ def _answer_all(base: Base, config: Config, held: Held, progress: Progress) -> d
         width = max(len(ids) for ids, _ in asked)
         ids = torch.tensor([beside([tokenizer.pad_token_id] * (width - len(ids)), ids) for ids, _ in asked])
         mask = torch.tensor([beside([0] * (width - len(ids)), [1] * len(ids)) for ids, _ in asked])
+        if of_two:
+            ids, mask = whole_windows(base.module, ids, mask)
         written = base.module.generate(
             input_ids=ids.to(comm.device()),
             attention_mask=mask.to(comm.device()),
