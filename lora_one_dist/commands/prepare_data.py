@@ -7,11 +7,10 @@
     python tools/prepare_data.py alpaca --source yahma/alpaca-cleaned --out data/alpaca --format chat
     python tools/prepare_data.py glue_mnli --source nyu-mll/glue --out data/glue_mnli
 
---source is a hub name, a folder (of files, a clone, what save_to_disk wrote), or a file ending in .json, .jsonl,
-.parquet or .csv. Rows keep their order, but for commonsense, which its authors shuffle. Each row is {"prompt": ...,
-"completion": ...} with the papers' template around the question, or with --format chat {"messages": [...]} of the bare
-question and answer. Prints what was dropped and why, and the SHA-256 of what it wrote, which SHA256SUMS holds too. The
-folder appears when it is whole.
+--source is a hub name, a folder (of files, a clone, what save_to_disk wrote), or a .json, .jsonl, .parquet or .csv
+file. Rows keep their order, but for commonsense, which its authors shuffle. Each row is {"prompt": ..., "completion":
+...} with the papers' template, or with --format chat {"messages": [...]} of the bare question and answer. Prints what
+was dropped and why, and the SHA-256 of what it wrote (also in SHA256SUMS). The folder appears when it is whole.
 
 | name           | kept                                                | train       | eval                          |
 |----------------|-----------------------------------------------------|-------------|-------------------------------|
@@ -62,7 +61,6 @@ ALPACA_INTRODUCTION = (
 CALCULATION = re.compile(r"<<[^<>]*>>")  # of GSM8K's calculator
 SIMILARITY = "semantic similarity of the text"  # so LoRA-GA's data.py calls entailment, too
 FINAL_NUMBER = re.compile(r"(?<=####)[^\n]*$")
-SAVED = "dataset_dict.json"  # of save_to_disk
 LABEL = "label"  # GLUE's column of a number; -1: not told
 
 Row = Mapping[str, str]
@@ -236,7 +234,7 @@ def read(name: str, source: str, split: str) -> Rows:
     own = sorted(str(file) for file in path.iterdir() if re.match(rf"{split}[-.]", file.name)) if path.is_dir() else []
     if recipe.configuration and not path.exists():
         rows = _hub_configuration(source, recipe.configuration, split)
-    elif (path / SAVED).is_file():
+    elif (path / "dataset_dict.json").is_file():  # of save_to_disk
         rows = _saved(path, split)
     elif recipe.held_split and own:
         rows = load_rows(own, split, None)
@@ -264,15 +262,14 @@ def _saved(path: Path, split: str) -> Rows:
 
     splits = datasets.load_from_disk(str(path))
     if split not in splits:
-        value = f"--source {path}: has the splits {list(splits)}, must have {split}"
-        raise ConversionError(f"{value}. Give the whole data set.")
+        raise ConversionError(f"--source {path}: has {list(splits)}, must have {split}. Give the whole data set.")
     return Rows([splits[split]])
 
 
 def checked(rows: Rows, recipe: Recipe, source: str) -> Iterator[dict[str, Any]]:
     """Rows of text, the recipe's columns alone.  Raises ConversionError for one that holds anything else."""
-    words: dict[Any, str] = {-1: "", **dict(enumerate(recipe.labels))}
-    words |= {str(number): word for number, word in words.items()}  # as CSV has it
+    numbered = [(-1, ""), *enumerate(recipe.labels)]
+    words: dict[Any, str] = {kind(number): word for kind in (int, str) for number, word in numbered}  # CSV has text
     for number, whole in enumerate(rows):
         row = {column: whole.get(column) for column in recipe.columns}
         for column, value in row.items():
