@@ -81,8 +81,8 @@ def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str
     if cause is not None:
         return cause
     if has_encoder(model):
+        _refuse_without_start(model, value)
         with _rehearsing(model):
-            decoder_inputs(model, _tokens(model))
             _refuse_seen_pads(model, value)
     may_recompute = config.recompute not in ("none", 0) and most_blocks(model) > 0
     with _rehearsing(model):
@@ -114,6 +114,17 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     second[:, CHANGED:] = first.roll(1, 1)[:, CHANGED:]
     with torch.no_grad():
         return _logits(model, first), _logits(model, second)
+
+
+def _refuse_without_start(model: Any, value: str) -> None:
+    """Raise ModelError if nothing says with which token a decoder begins, or with which completions are padded."""
+    try:
+        decoder_inputs(model, _tokens(model))
+    except Exception as error:  # each type has its own way
+        raise ModelError(
+            f"{value} does not say what its decoder begins with ({cause_of(error)}). Set decoder_start_token_id and "
+            "pad_token_id in its config.json."
+        ) from error
 
 
 def _refuse_seen_pads(model: Any, value: str) -> None:

@@ -33,6 +33,8 @@ def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
             labels=labels.clone()
         )  # FSMT writes to them
         return shifted
+    if model.config.decoder_start_token_id is None:
+        raise ValueError("decoder_start_token_id is not defined")
     known = labels.masked_fill(labels == IGNORE_INDEX, pad_token(model))
     return nn.functional.pad(known[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
 

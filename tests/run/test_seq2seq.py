@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ from lora_one_dist.data import batches
 from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
 from lora_one_dist.initialise import gradient
+from lora_one_dist.train import evaluate
 from tests import models, reference
 from tests.initialise.test_gradient import SAMPLES, TOLERANCE, load_base
 from tests.ranks import run_ranks, write_json_lines
@@ -240,6 +242,33 @@ def test_tools_show_the_samples_and_plan(model_folder, tmp_path, capsys):
     assert plan.main(["--config", str(config), "data.packing=true"]) != 0
 
 
+def test_a_decoder_deeper_than_its_encoder_answers():
+    model = models.t5(num_layers=1, num_decoder_layers=3).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    written = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, **evaluate.how_to_write(model))
+    expected = torch.zeros(1, 1, dtype=torch.long)
+    for _ in range(4):
+        logits = model(input_ids=ids, decoder_input_ids=expected, use_cache=False).logits[:, -1]
+        logits[:, 2] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1)[None]], 1)
+    assert torch.equal(written, expected)
+
+
+def test_what_decoders_need_and_positions_are_checked_before_a_weight_is_read(tmp_path):
+    model = BartForConditionalGeneration(BartConfig(**{**BART, "max_position_embeddings": 16}))
+    model.save_pretrained(tmp_path)
+    models.tokenizer("t5").save_pretrained(tmp_path)
+    raw = settings(tmp_path, tmp_path / "run")
+    write_json_lines(Path(raw["data"]["train"]), [{"prompt": "w4 " * 19, "completion": "w5"}] * 20)
+    rule = "longest training prompt has 20 tokens; BartEncoder has a table of 16 positions. Set data.max_length to 16"
+    assert re.search(rule, run_ranks(1, refused, raw)[0])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder_start_token_id": None}))
+    found = build_skeleton(ModelConfig(path="base", dtype="fp32"), tmp_path)
+    with pytest.raises(ModelError, match=r"does not say what its decoder begins with .* Set decoder_start_token_id"):
+        rehearse(found, ModelConfig(path="base", dtype="fp32"))
+
+
 REFUSED = {
     "data__packing": (
         True,
@@ -321,6 +350,21 @@ def test_a_prompt_and_its_completion_become_a_sample(model_folder, tmp_path):
     alone = tokenize(loaded, tokenizer, config)
     assert alone.dataset[0]["input_ids"] != found.dataset[0]["input_ids"], "another file of the cache"
     assert load_eval_prompts(loaded, tokenizer, config, [0], with_encoder=True) == [([3, 4, 2], "w5")]
+
+
+@pytest.mark.parametrize(
+    ("around", "prompt", "completion"),
+    [("$A", [2], [5, 2]), ("$A </s>", [2], [5, 2]), ("$A </s> w60", [2, 60], [5, 2, 60])],  # the last as MBart's
+)
+def test_what_a_tokenizer_puts_around_a_text_is_kept(around, prompt, completion, tmp_path):
+    tokenizer = models.tokenizer("t5")
+    special = [("</s>", 2), ("w60", 60)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=special)
+    rows = write_json_lines(tmp_path / "rows.jsonl", [{"prompt": "", "completion": "w5"}])
+    loaded, config = load_rows(str(rows), "train", None), DataConfig(train=str(rows), max_length=9)
+    (sample,) = tokenize(loaded, tokenizer, config, with_encoder=True).dataset
+    assert (sample["input_ids"], sample["encoder_length"]) == ([*prompt, *completion], len(prompt))
+    assert load_eval_prompts(loaded, tokenizer, config, [0], with_encoder=True) == [(prompt, "w5")]
 
 
 def test_types_are_as_transformers_keeps_them(model_folder, monkeypatch):
