@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.blocks import has_encoder, parts
@@ -161,7 +159,7 @@ def _refuse_long_samples(config: Config, plan: loading.Plan, tokens: TokenData, 
     if not has_encoder(plan.skeleton):
         refuse_without_position(plan.skeleton, longest, f"{value}sample", LIMIT_LENGTH)
         return
-    prompts = np.asarray(tokens.dataset.with_format("numpy")["encoder_length"])
+    prompts = tokens.dataset.select_columns(["encoder_length"]).with_format("numpy")[:]["encoder_length"]
     sides = (("prompt", prompts), ("completion", tokens.lengths - prompts))
     for part, (what, lengths) in zip(parts(plan.skeleton), sides, strict=True):
         refuse_without_position(part, int(lengths.max()), value + what, LIMIT_LENGTH)
