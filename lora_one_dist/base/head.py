@@ -110,7 +110,7 @@ def rows_only(model: Any, rows: torch.Tensor, tokens: int) -> Iterator[None]:
         return given if flat.shape[0] != tokens else (flat[rows][None], *given[1:])
 
     head = model.get_output_embeddings()
-    if head is None:  # the model's own code multiplies by another layer's weight: the caller picks the rows
+    if head is None or isinstance(head, nn.Embedding):  # the model's own code multiplies by another layer's weight
         yield
         return
     handle = head.register_forward_pre_hook(select, prepend=True)

@@ -15,7 +15,7 @@ from torch import nn
 from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.head import count_rows, cross_entropy, loss_in_pieces, rows_at_once, rows_only
-from lora_one_dist.base.two_stacks import decoder_inputs
+from lora_one_dist.base.two_stacks import decoder_inputs, whole_windows
 from lora_one_dist.cluster import comm
 from lora_one_dist.data.batches import IGNORE_INDEX
 
@@ -42,8 +42,8 @@ def loss_sum(
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     if has_encoder(model):
         labels = batch["labels"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+        ids, mask = whole_windows(model, batch["input_ids"], batch["attention_mask"])
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_inputs(model, labels)}
     elif attention == varlen.NAME:
         inputs, labels = varlen.one_row(batch, labels)
     else:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_one_dist.base.blocks import has_encoder
 from lora_one_dist.base.dropout import dropout_off
-from lora_one_dist.base.graph import begin_at_embeddings
+from lora_one_dist.base.graph import begin_at_embeddings, followed
 from lora_one_dist.base.thin import ThinProducts, fill_thinly
 
 TOKENS = 8
@@ -69,13 +69,15 @@ def _watched(model: Any, found: Pass) -> Any:
     if getattr(watched.config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
         watched.set_attn_implementation("eager")  # kernels need values
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def count(name: str) -> Callable[..., Any]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> Any:
             found.calls[name] += 1
             if not isinstance(output, torch.Tensor):
                 found.no_tensor.add(name)
             elif output.requires_grad:
+                output = followed(output)
                 output.register_hook(lambda gradient: found.in_logits.add(name))
+            return output
 
         return hook
 

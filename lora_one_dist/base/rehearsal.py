@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from lora_one_dist.base import varlen
 from lora_one_dist.base.blocks import has_encoder, parts, stacks
 from lora_one_dist.base.dropout import dropout_off
-from lora_one_dist.base.graph import begin_at_embeddings
+from lora_one_dist.base.graph import begin_at_embeddings, input_embedding
 from lora_one_dist.base.products import freeze_products
 from lora_one_dist.base.recompute import most_blocks, recompute_blocks, refuse_kept
 from lora_one_dist.base.skeleton import ModelError, cause_of
@@ -81,8 +81,8 @@ def _ask(skeleton: Any, config: ModelConfig, value: str, shortened: bool) -> str
     if cause is not None:
         return cause
     if has_encoder(model):
+        _refuse_without_start(model, value)
         with _rehearsing(model):
-            decoder_inputs(model, _tokens(model))
             _refuse_seen_pads(model, value)
     may_recompute = config.recompute not in ("none", 0) and most_blocks(model) > 0
     with _rehearsing(model):
@@ -114,6 +114,17 @@ def _both(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     second[:, CHANGED:] = first.roll(1, 1)[:, CHANGED:]
     with torch.no_grad():
         return _logits(model, first), _logits(model, second)
+
+
+def _refuse_without_start(model: Any, value: str) -> None:
+    """Raise ModelError if nothing says with which token a decoder begins, or with which completions are padded."""
+    try:
+        decoder_inputs(model, _tokens(model))
+    except Exception as error:  # each type has its own way
+        raise ModelError(
+            f"{value} does not say what its decoder begins with ({cause_of(error)}). Set decoder_start_token_id and "
+            "pad_token_id in its config.json."
+        ) from error
 
 
 def _refuse_seen_pads(model: Any, value: str) -> None:
@@ -233,7 +244,8 @@ def _at_embedding(model: Any, found: list[torch.Tensor]) -> Iterator[None]:
         output.register_hook(lambda gradient: by_call.__setitem__(call, gradient))
 
     owners = parts(model) if has_encoder(model) else (model,)
-    handles = [layer.register_forward_hook(watch) for layer in {owner.get_input_embeddings() for owner in owners}]
+    layers = {input_embedding(owner) for owner in owners} - {None}
+    handles = [layer.register_forward_hook(watch) for layer in layers if layer is not None]
     try:
         yield
         found.append(torch.cat([by_call[call].flatten() for call in sorted(by_call)]))

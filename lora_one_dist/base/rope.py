@@ -1,4 +1,4 @@
-"""Rotary positions that turn with the longest sequence of a batch: where a sample's loss would depend on its company.
+"""Positions: learned ones end; rotary ones may turn with a batch's longest sequence, so that a loss depends on company.
 
 In: a model without values, and how long its samples are.  Out: nothing, or a refusal.  Pure.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lora_one_dist.base.skeleton import ModelError
+
+TABLES = ("embed_positions", "position_embeddings", "positions_embed", "wpe")  # what transformers calls a table of them
 
 
 def original_length(config: Any) -> tuple[int, str] | None:
@@ -29,6 +33,24 @@ def original_length(config: Any) -> tuple[int, str] | None:
         elif "dynamic" in kind:
             found.append((int(config.max_position_embeddings), kind))
     return min(found, default=None)
+
+
+def table_length(part: Any) -> int | None:
+    """Tokens for which a model, or a part of one, has a table of positions; None: none, or one that grows (FSMT's)."""
+    found = [
+        module.num_embeddings - getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES and not hasattr(module, "make_weight")
+    ]
+    return min(found, default=None)
+
+
+def refuse_without_position(part: Any, tokens: int, value: str, remedy: str) -> None:
+    """Raise ModelError if a sequence of so many tokens has some behind the last position; arguments as below."""
+    limit = table_length(part)
+    if limit is not None and tokens > limit:
+        rule = f"{type(part).__name__} has a table of {limit} positions"
+        raise ModelError(f"{value} has {tokens} tokens; {rule}. {remedy.format(limit)}")
 
 
 def refuse_beyond(model: Any, tokens: int, value: str, remedy: str) -> None:

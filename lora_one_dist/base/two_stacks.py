@@ -29,10 +29,24 @@ def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
     if not bool((labels != IGNORE_INDEX).any()):  # MBart begins with a row's last label, and finds none
         return torch.full_like(labels, pad_token(model))
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(
+            labels=labels.clone()
+        )  # FSMT writes to them
         return shifted
+    if model.config.decoder_start_token_id is None:
+        raise ValueError("decoder_start_token_id is not defined")
     known = labels.masked_fill(labels == IGNORE_INDEX, pad_token(model))
     return nn.functional.pad(known[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+
+
+def whole_windows(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts (b, n) and their mask, of models with an ``attention_window`` (LED) padded to whole windows.
+
+    Such a model would do it itself, and run its embedding once more for it: on some ranks, not on others.
+    """
+    window = getattr(model.config, "attention_window", None) or 1
+    more = -ids.shape[1] % (max(window) if isinstance(window, list) else window)
+    return nn.functional.pad(ids, (0, more), value=pad_token(model)), nn.functional.pad(mask, (0, more))
 
 
 def pad_token(model: Any) -> int:

@@ -7,10 +7,10 @@
     python tools/prepare_data.py alpaca --source yahma/alpaca-cleaned --out data/alpaca --format chat
     python tools/prepare_data.py glue_mnli --source nyu-mll/glue --out data/glue_mnli
 
---source is a hub name, a folder, or a file ending in .json, .jsonl, .parquet or .csv. Rows keep their order, but for
-commonsense, which its authors shuffle. Each row is {"prompt": ..., "completion": ...} with the papers' template around
-the question, or with --format chat {"messages": [...]} of the bare question and answer. Prints what was dropped and
-why, and the SHA-256 of what it wrote, which SHA256SUMS holds too. The folder appears when it is whole.
+--source is a hub name, a folder (of files, a clone, what save_to_disk wrote), or a .json, .jsonl, .parquet or .csv
+file. Rows keep their order, but for commonsense, which its authors shuffle. Each row is {"prompt": ..., "completion":
+...} with the papers' template, or with --format chat {"messages": [...]} of the bare question and answer. Prints what
+was dropped and why, and the SHA-256 of what it wrote (also in SHA256SUMS). The folder appears when it is whole.
 
 | name           | kept                                                | train       | eval                          |
 |----------------|-----------------------------------------------------|-------------|-------------------------------|
@@ -234,6 +234,8 @@ def read(name: str, source: str, split: str) -> Rows:
     own = sorted(str(file) for file in path.iterdir() if re.match(rf"{split}[-.]", file.name)) if path.is_dir() else []
     if recipe.configuration and not path.exists():
         rows = _hub_configuration(source, recipe.configuration, split)
+    elif (path / "dataset_dict.json").is_file():  # of save_to_disk
+        rows = _saved(path, split)
     elif recipe.held_split and own:
         rows = load_rows(own, split, None)
     else:
@@ -255,14 +257,24 @@ def _hub_configuration(source: str, configuration: str, split: str) -> Rows:
         raise ConversionError(f"{value}. Check name and network, or give a folder.") from error
 
 
+def _saved(path: Path, split: str) -> Rows:
+    import datasets
+
+    splits = datasets.load_from_disk(str(path))
+    if split not in splits:
+        raise ConversionError(f"--source {path}: has {list(splits)}, must have {split}. Give the whole data set.")
+    return Rows([splits[split]])
+
+
 def checked(rows: Rows, recipe: Recipe, source: str) -> Iterator[dict[str, Any]]:
     """Rows of text, the recipe's columns alone.  Raises ConversionError for one that holds anything else."""
-    words: dict[Any, str] = {-1: "", **dict(enumerate(recipe.labels))}
+    numbered = [(-1, ""), *enumerate(recipe.labels)]
+    words: dict[Any, str] = {kind(number): word for kind in (int, str) for number, word in numbered}  # CSV has text
     for number, whole in enumerate(rows):
         row = {column: whole.get(column) for column in recipe.columns}
         for column, value in row.items():
             is_label = column == LABEL and bool(recipe.labels)
-            if not (type(value) is int and value in words if is_label else isinstance(value, str)):
+            if not (type(value) in (int, str) and value in words if is_label else isinstance(value, str)):
                 place = place_of(source, number)
                 form = f"0 to {len(recipe.labels) - 1}, or -1" if is_label else "text"
                 rule = f"{column} = {value!r:.80}, must be {form}. Mend the row, or take it out"

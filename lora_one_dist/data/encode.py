@@ -202,7 +202,11 @@ class Encoder:
         options = {"return_attention_mask": False, "verbose": False}
         written = self.tokenizer(text_target=completions, **options)["input_ids"] if reads else []
         for prompt, completion in zip(self.ids(prompts, True), written, strict=True):
-            yield prompt or [self.tokenizer.eos_token_id], completion  # an encoder needs something to read
+            yield self.read_by_encoder(prompt), completion
+
+    def read_by_encoder(self, prompt: list[int]) -> list[int]:
+        """Ids of a prompt; of an empty one, where the tokenizer adds nothing, the end: an encoder needs one to read."""
+        return prompt or [self.tokenizer.eos_token_id]
 
     def ids(self, texts: list[str], special: bool) -> list[list[int]]:
         """Token ids of texts, with or without the tokens that the tokenizer puts around a text."""
@@ -258,7 +262,8 @@ class Encoder:
     def _sample(self, ids: list[int], *borders: int, is_cut: bool | None = None) -> dict[str, Any]:
         """One sample: loss from the first of ``borders`` to the second, from the third to the fourth, ..."""
         eos, limit = self.tokenizer.eos_token_id, self.config.max_length
-        if self.config.format != "chat" and eos is not None and ids[-1:] != [eos]:
+        ends = ids[borders[0] :][-2:] if self.with_encoder else ids[-1:]  # MBart puts a language behind the end
+        if self.config.format != "chat" and eos is not None and eos not in ends:
             ids = [*ids, eos]
         held = np.array(ids[:limit], dtype=np.int32)
         labels = np.full_like(held, IGNORE_INDEX)

@@ -155,7 +155,9 @@ def load_eval_prompts(
             read = encoder.read(rows[index], index)
         prompt = read.prompt or ""
         ids, bare = (encoder.ids([prompt], special)[0] for special in (True, False))
-        if not with_encoder and ids[len(ids) - len(bare) :] != bare:
+        if with_encoder:
+            ids = encoder.read_by_encoder(ids)
+        elif ids[len(ids) - len(bare) :] != bare:
             ids = ids[:-1]  # a tokenizer that closes every text would end the answer before it starts
         prompts.append((ids[-config.max_length :], read.text.removeprefix(prompt)))
     return prompts

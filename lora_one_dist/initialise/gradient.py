@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from lora_one_dist.base.blocks import blocks, has_encoder, parts, stacks
 from lora_one_dist.base.dropout import dropout_off
-from lora_one_dist.base.graph import begin_graph
+from lora_one_dist.base.graph import begin_graph, followed
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.products import weight_gradient
 from lora_one_dist.base.sharding import Base
@@ -271,12 +271,14 @@ def _save_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Ten
     return _SaveInput.apply(inputs[0], torch.empty(0, requires_grad=True) if begins else None)
 
 
-def _capture_hook(sink: Callable[..., None]) -> Callable[..., None]:
+def _capture_hook(sink: Callable[..., None]) -> Callable[..., torch.Tensor]:
     """On the output itself, so that a model's own code may go on to write to it (Falcon adds its residual in place)."""
 
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         saved: Any = inputs[0].grad_fn
         if output.requires_grad:
+            output = followed(output)
             output.register_hook(lambda grad_output: sink(grad_output, *saved.saved_tensors))
+        return output
 
     return hook

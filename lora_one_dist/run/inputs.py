@@ -14,10 +14,10 @@ from typing import Any
 
 from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
-from lora_one_dist.base.blocks import has_encoder
+from lora_one_dist.base.blocks import has_encoder, parts
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
-from lora_one_dist.base.rope import refuse_beyond
+from lora_one_dist.base.rope import refuse_beyond, refuse_without_position
 from lora_one_dist.base.skeleton import local_folder
 from lora_one_dist.base.tables import Table, new_ids, plan_tables
 from lora_one_dist.base.two_stacks import refuse_settings
@@ -37,6 +37,8 @@ from lora_one_dist.run import room
 from lora_one_dist.run.day import with_day
 from lora_one_dist.run.identity import identity, refuse_unlike_hosts
 from lora_one_dist.train import evaluate
+
+LIMIT_LENGTH = "Set data.max_length to {} or less."
 
 
 @dataclass
@@ -153,16 +155,29 @@ def _refuse_too_few(config: Config, available: int) -> None:
 
 def _refuse_long_samples(config: Config, plan: loading.Plan, tokens: TokenData, purpose: str) -> None:
     documents = tokens.unpacked if isinstance(tokens, PackedData) else tokens
-    value = f"data.max_length = {config.data.max_length}: the longest {purpose} sample"
-    refuse_beyond(plan.skeleton, int(documents.lengths.max()), value, "Set data.max_length to {} or less.")
+    value, longest = f"data.max_length = {config.data.max_length}: the longest {purpose} ", int(documents.lengths.max())
+    refuse_beyond(plan.skeleton, longest, f"{value}sample", LIMIT_LENGTH)
+    if not has_encoder(plan.skeleton):
+        refuse_without_position(plan.skeleton, longest, f"{value}sample", LIMIT_LENGTH)
+        return
+    prompts = tokens.dataset.select_columns(["encoder_length"]).with_format("numpy")[:]["encoder_length"]
+    sides = (("prompt", prompts), ("completion", tokens.lengths - prompts))
+    for part, (what, lengths) in zip(parts(plan.skeleton), sides, strict=True):
+        refuse_without_position(part, int(lengths.max()), value + what, LIMIT_LENGTH)
 
 
 def _refuse_long_answers(config: Config, plan: loading.Plan, prompts: list[tuple[list[int], str]]) -> None:
     new = config.train.exact_match_max_new_tokens
     if prompts:
-        value = f"train.exact_match_max_new_tokens = {new}: with its answer the longest prompt"
+        value, longest = f"train.exact_match_max_new_tokens = {new}: ", max(len(ids) for ids, _ in prompts)
         remedy = "Lower it, or data.max_length, so that both together are {} or less."
-        refuse_beyond(plan.skeleton, max(len(ids) for ids, _ in prompts) + new, value, remedy)
+        refuse_beyond(plan.skeleton, longest + new, f"{value}with its answer the longest prompt", remedy)
+        if has_encoder(plan.skeleton):
+            encoder, decoder = parts(plan.skeleton)
+            refuse_without_position(encoder, longest, "the longest evaluation prompt", LIMIT_LENGTH)
+            refuse_without_position(decoder, new, f"{value}an answer", "Lower it to {} or less.")
+        else:
+            refuse_without_position(plan.skeleton, longest + new, f"{value}with its answer the longest prompt", remedy)
 
 
 def _refuse_long_warmup(config: Config, num_samples: int) -> None:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
 from lora_one_dist.base import varlen
-from lora_one_dist.base.blocks import has_encoder
+from lora_one_dist.base.blocks import blocks, has_encoder, parts
 from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
+from lora_one_dist.base.two_stacks import whole_windows
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
@@ -85,7 +87,6 @@ def _answer_all(base: Base, config: Config, held: Held, progress: Progress) -> d
     """Scores of greedy answers to the held-out prompts, against their references."""
     pattern, tokenizer = config.train.exact_match_pattern, held.tokenizer
     of_two = has_encoder(base.module)  # then padded as in training, and what is written has no prompt in front
-    how: dict[str, Any] = {"num_beams": 1} if of_two else {}  # some bring another number, and answers are greedy
 
     def beside(pads: list[int], real: list[int]) -> list[int]:
         return real + pads if of_two else pads + real
@@ -99,10 +100,12 @@ def _answer_all(base: Base, config: Config, held: Held, progress: Progress) -> d
         width = max(len(ids) for ids, _ in asked)
         ids = torch.tensor([beside([tokenizer.pad_token_id] * (width - len(ids)), ids) for ids, _ in asked])
         mask = torch.tensor([beside([0] * (width - len(ids)), [1] * len(ids)) for ids, _ in asked])
+        if of_two:
+            ids, mask = whole_windows(base.module, ids, mask)
         written = base.module.generate(
             input_ids=ids.to(comm.device()),
             attention_mask=mask.to(comm.device()),
-            **how,
+            **how_to_write(base.module),
             max_new_tokens=config.train.exact_match_max_new_tokens,
             do_sample=False,
             use_cache=True,
@@ -123,6 +126,18 @@ def _answer_all(base: Base, config: Config, held: Held, progress: Progress) -> d
     return scores(torch.tensor([*asked_of.values()], dtype=torch.float64), counts[:-1], right)
 
 
+def how_to_write(model: Any) -> dict[str, Any]:
+    """What `generate` is told of a decoder beside an encoder: greedy, as some bring another number of beams.
+
+    Its own cache has as many layers as the encoder, too few for a decoder that is deeper (transformers 5.23).
+    """
+    if not has_encoder(model):
+        return {}
+    encoder, decoder = (len(blocks(part)) for part in parts(model))
+    deep = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if decoder > encoder else {}
+    return {"num_beams": 1, **deep}
+
+
 def _answer(text: str, pattern: str | None) -> str:
     """The last match of the pattern (its first group, if any), stripped, 1,234 as 1234; no match is ''.
 
@@ -141,6 +156,8 @@ def refuse_unmatched(
     for row, (_, reference) in zip(rows, prompts, strict=True):
         if not _answer(reference, pattern):
             place = place_of(source, int(row))
+            if pattern is None:
+                raise DataError(f"{place}: its completion {reference!r} is no answer to match. Take the row out.")
             raise DataError(
                 f"train.exact_match_pattern = {pattern!r}: finds no answer in the completion of {place}, "
                 f"{reference!r:.80}. Correct the pattern, or leave it out to compare whole completions."

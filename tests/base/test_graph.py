@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_one_dist.base.graph import begin_at_embeddings, begin_graph
+from lora_one_dist.base.graph import begin_at_embeddings, begin_graph, followed
 from lora_one_dist.base.recompute import recompute_blocks
 from tests import models
 
@@ -25,6 +25,19 @@ def test_no_graph_where_none_is_asked_for():
     with torch.no_grad():
         begin_graph(tensor)
     assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_that_is_written_to_has_its_gradient(bias):
+    layer, seen = nn.Linear(4, 5, bias=bias).requires_grad_(False), []
+    plain, given = (torch.ones(2, 3, 4, requires_grad=True) for _ in range(2))
+    output = followed(layer(given))
+    output.register_hook(seen.append)
+    output /= 2
+    output.sum().backward()
+    assert [float(gradient.mean()) for gradient in seen] == [0.5]
+    (layer(plain) / 2).sum().backward()
+    assert torch.equal(given.grad, plain.grad)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

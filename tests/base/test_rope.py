@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from lora_one_dist.base.loss import loss_sum
-from lora_one_dist.base.rope import original_length, refuse_beyond
+from lora_one_dist.base.rope import original_length, refuse_beyond, refuse_without_position, table_length
 from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.data import packing
 from lora_one_dist.data.batches import IGNORE_INDEX, collate
@@ -138,3 +138,25 @@ def test_the_original_length_is_the_configs():
     config = LlamaConfig(**SIZES, max_position_embeddings=50)
     config.rope_parameters = {"full": {"rope_type": "dynamic"}, "sliding": {"rope_type": "default"}}
     assert original_length(config) == (50, "dynamic"), "a table for each kind of layer"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "roberta", "bert", "biogpt", "openai-gpt"])
+def test_a_table_of_positions_ends_where_the_model_does(kind):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 1}
+    sizes |= {"ffn_dim": 32, "word_embed_proj_dim": 32, "intermediate_size": 32} | {"is_decoder": True}
+    config = AutoConfig.for_model(kind, **sizes, max_position_embeddings=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    most = table_length(model)
+    model(input_ids=torch.full((1, most), 5), use_cache=False)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, most + 1), 5), use_cache=False)
+    refuse_without_position(model, most, "value", "Set {}.")
+    with pytest.raises(
+        ModelError, match=rf"value has {most + 1} tokens; \w+ has a table of {most} positions. Set {most}."
+    ):
+        refuse_without_position(model, most + 1, "value", "Set {}.")
+
+
+def test_other_positions_have_no_end():
+    assert table_length(models.llama(layers=1)) is None
+    assert table_length(models.t5()) is None

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import yaml
 
+from lora_one_dist.config.reading import load_config
+from lora_one_dist.data import batches
 from lora_one_dist.train import evaluate
 from tests import tool
+from tests.commands.test_recipes import comment
 
 FIXTURES = Path("tests/fixtures/recipes/glue")
+RECIPE = Path("launch/configs/t5_base_mnli_lora_ga.yaml")
 
 
 def prepared(name: str, source: object, out: Path) -> tuple[tool.Done, dict[str, list[dict]]]:
@@ -34,6 +42,55 @@ def test_labels_become_words_and_the_matched_split_is_held_out(tmp_path):
         "prompt": "classify the grammaticality of the text: Ran the home boy.\nresult:",
         "completion": " unacceptable",
     }
+
+
+ROWS = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qnli": 104_743, "mrpc": 3_668}  # to train on
+WORDS = {
+    "mnli": {"entailment", "neutral", "contradiction"},
+    "sst2": {"negative", "positive"},
+    "cola": {"unacceptable", "acceptable"},
+    "qnli": {"entailment", "not_entailment"},
+    "mrpc": {"different", "equivalent"},
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_each_task_of_the_table_has_its_commands_in_the_recipe(task, tmp_path):
+    said = comment(RECIPE)
+    (data,) = (shlex.split(line) for line in said["Data"] if f" glue_{task} " in line)
+    launch = next(shlex.split(line) for line in said["Launch"] if task == "mnli" or f"_{task}_" in line)
+    assert data[:2] == ["python", "tools/prepare_data.py"]
+    assert launch[:4] == ["deepspeed", "launch/train.py", "--config", str(RECIPE)]
+    made = data[data.index("--out") + 1]
+    own = {f"data.{key}": yaml.safe_load(RECIPE.read_text())["data"][key] for key in ("train", "eval")}
+    own |= dict(setting.split("=") for setting in launch[4:])
+    assert (own["data.train"], own["data.eval"]) == (f"{made}/train.jsonl", f"{made}/eval.jsonl")
+    _, rows = prepared(f"glue_{task}", FIXTURES, tmp_path / "out")
+    own |= {f"data.{key}": str(tmp_path / f"out/{key}.jsonl") for key in ("train", "eval")}
+    config = load_config(RECIPE, [f"{key}={value}" for key, value in own.items()])
+    assert task in config.output_dir
+    steps = batches.steps_per_epoch(ROWS[task], config.train.global_batch_size)
+    assert config.optim.warmup_steps == math.ceil(0.03 * steps), "as transformers rounds it"
+    assert {row["completion"].strip() for row in rows["train"]} == WORDS[task]
+    assert {row["completion"].strip() for row in rows["eval"]} <= WORDS[task]
+
+
+@pytest.mark.parametrize("form", ["to_parquet", "to_csv", "save_to_disk"])
+def test_local_copies_of_any_form_give_the_same_rows(form, tmp_path):
+    source, found = tmp_path / "source", datasets.DatasetDict()
+    for path in (FIXTURES / "mnli").glob("*.jsonl"):
+        rows = datasets.Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
+        found[path.stem] = rows.cast_column(
+            "label", datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+        )
+    if form == "save_to_disk":
+        found.save_to_disk(source)
+    else:
+        source.mkdir()
+        for name, rows in found.items():
+            getattr(rows, form)(source / f"{name}-00000-of-00001.{form.removeprefix('to_')}")
+    _, rows = prepared("glue_mnli", source, tmp_path / "out")
+    assert rows == prepared("glue_mnli", FIXTURES, tmp_path / "plain")[1] != {}
 
 
 @pytest.mark.parametrize(("label", "shown"), [("2", "2"), ('"yes"', "'yes'"), ("true", "True"), ("[1]", "[1]")])

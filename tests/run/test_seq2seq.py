@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ from lora_one_dist.data import batches
 from lora_one_dist.data.rows import load_rows
 from lora_one_dist.data.samples import load_eval_prompts, tokenize
 from lora_one_dist.initialise import gradient
+from lora_one_dist.train import evaluate
 from tests import models, reference
 from tests.initialise.test_gradient import SAMPLES, TOLERANCE, load_base
 from tests.ranks import run_ranks, write_json_lines
@@ -46,7 +48,16 @@ BART = {
     **{f"{side}_layerdrop": 0.0 for side in ("encoder", "decoder")},
     **{"max_position_embeddings": 64, "dropout": 0.0, "init_std": 0.2, "forced_eos_token_id": None},
 }
-OWN = {"pegasus_x": {"block_size": 8, "num_global_tokens": 4}}
+OWN = {
+    "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
+    "led": {
+        "attention_window": 8,
+        "max_encoder_position_embeddings": 64,
+        "max_decoder_position_embeddings": 64,
+        "eos_token_id": 2,
+    },
+    "fsmt": {f"{side}_vocab_size": models.VOCABULARY for side in ("src", "tgt")},
+}
 
 
 def pairs(count: int) -> list[dict]:
@@ -64,16 +75,21 @@ def token_losses(model, sample: dict) -> torch.Tensor:
     """Of one sample, unpadded, by the model's own way from labels to what the decoder reads."""
     prompt, labels = (torch.tensor(x) for x in (sample["input_ids"][: sample["encoder_length"]], sample["labels"]))
     labels = labels[sample["encoder_length"] :]
-    logits = model(input_ids=prompt[None], labels=labels[None]).logits[0]
+    given = {"labels": labels[None]}
+    if model.config.model_type == "fsmt":  # of labels it makes a loss alone
+        given = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels[None].clone())}
+    logits = model(input_ids=prompt[None], **given, use_cache=False).logits[0]
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def true_gradient(model, samples: list[dict]) -> tuple[dict[str, torch.Tensor], float]:
-    """dL/dW of every linear layer but the head, and L, by plain autograd in float64."""
-    model = model.double()
-    named = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    """dL/dW of every linear layer with a part in it but the head, and L, by plain autograd in float64."""
+    model = model if model.config.model_type == "fsmt" else model.double()  # its mask is for float32
+    head = model.get_output_embeddings()
+    named = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     loss = torch.cat([token_losses(model, sample) for sample in samples]).mean()
-    return dict(zip(named, torch.autograd.grad(loss, [*named.values()]), strict=True)), float(loss.detach())
+    found = zip(named, torch.autograd.grad(loss, [*named.values()], allow_unused=True), strict=True)
+    return {name: G for name, G in found if G is not None}, float(loss.detach())
 
 
 def owned_gradients(folder: Path, zero_json: str, checkpointing: str, groups: int, micro_batch_size: int):
@@ -123,9 +139,11 @@ def test_gradient_equals_autograd(case, model_folder):
     hold_gradient(models.t5(), model_folder("t5"), *case)
 
 
-# Of a head that is not tied, one with a bias behind it, absolute positions; keys and values of two inputs (pegasus_x).
-KINDS = ["t5 gated", "bart", "pegasus_x"]
-MORE = ["mt5", "umt5", "longt5", "mbart", "pegasus", "blenderbot", "m2m_100", "plbart", "mvp"]
+# Of a head that is not tied; keys and values of two inputs (pegasus_x); a head with a bias behind it, absolute
+# positions, layers that text does not run, queries that are written to, padding to whole windows (led).
+KINDS = ["t5 gated", "pegasus_x", "led"]
+MORE = ["bart", "mt5", "umt5", "longt5", "mbart", "pegasus", "blenderbot", "m2m_100", "plbart", "mvp", "marian", "fsmt"]
+HOW = {"led": (2, "zero3", "non_reentrant", 3, 1), "fsmt": (2, "zero3", "none", 3, 2)}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.full) for kind in MORE)])
@@ -137,10 +155,12 @@ def test_gradient_of_other_kinds_equals_autograd(kind, tmp_path):
         sizes = models.t5().config.to_diff_dict() if "t5" in kind else {**BART, **OWN.get(kind, {})}
         sizes = {key: value for key, value in sizes.items() if key not in ("model_type", "architectures")}
         model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **sizes))
-    if kind == "bart":
+    if kind in ("bart", "led"):
         model.final_logits_bias.normal_()
+    model._keys_to_ignore_on_save = None  # marian's and fsmt's positions, which are computed
     model.save_pretrained(tmp_path)
-    hold_gradient(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), tmp_path, 1, "stage0", "non_reentrant", 3, 2)
+    how = HOW.get(kind, (1, "stage0", "non_reentrant", 3, 2))
+    hold_gradient(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), tmp_path, *how)
 
 
 def sentences(count: int, seed: int) -> list[dict]:
@@ -222,6 +242,18 @@ def test_tools_show_the_samples_and_plan(model_folder, tmp_path, capsys):
     assert plan.main(["--config", str(config), "data.packing=true"]) != 0
 
 
+def test_a_decoder_deeper_than_its_encoder_answers():
+    model = models.t5(num_layers=1, num_decoder_layers=3).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    written = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, **evaluate.how_to_write(model))
+    expected = torch.zeros(1, 1, dtype=torch.long)
+    for _ in range(4):
+        logits = model(input_ids=ids, decoder_input_ids=expected, use_cache=False).logits[:, -1]
+        logits[:, 2] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1)[None]], 1)
+    assert torch.equal(written, expected)
+
+
 REFUSED = {
     "data__packing": (
         True,
@@ -232,11 +264,34 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_needs_one_stack_is_refused_before_a_weight_is_read(key, model_folder, tmp_path):
-    value, rule = REFUSED[key]
-    raw = settings(model_folder("t5"), tmp_path / "run", **{key: value})
-    assert re.search(rule, run_ranks(1, refused, raw)[0])
+def refusals(raws: list[dict]) -> list[str]:
+    """Runs on a rank."""
+    return [refused(raw) for raw in raws]
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(model_folder, tmp_path):
+    raws = [settings(model_folder("t5"), tmp_path / "run", **{key: value}) for key, (value, _) in REFUSED.items()]
+    model = BartForConditionalGeneration(BartConfig(**{**BART, "max_position_embeddings": 16}))
+    model.save_pretrained(tmp_path / "bart")
+    models.tokenizer("t5").save_pretrained(tmp_path / "bart")
+    long = write_json_lines(tmp_path / "long.jsonl", [{"prompt": "w4 " * 19, "completion": "w5"}] * 20)
+    raws.append(settings(tmp_path / "bart", tmp_path / "run", data__train=str(long)))
+    rules = [rule for _, rule in REFUSED.values()]
+    rules.append(
+        "longest training prompt has 20 tokens; BartEncoder has a table of 16 positions. Set data.max_length to 16"
+    )
+    (said,) = run_ranks(1, refusals, raws)
+    for rule, message in zip(rules, said, strict=True):
+        assert re.search(rule, message)
+
+
+def test_a_decoder_without_a_first_token_is_refused(tmp_path):
+    models.t5().config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder_start_token_id": None}))
+    found = build_skeleton(ModelConfig(path="base", dtype="fp32"), tmp_path)
+    with pytest.raises(ModelError, match=r"does not say what its decoder begins with .* Set decoder_start_token_id"):
+        rehearse(found, ModelConfig(path="base", dtype="fp32"))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +358,21 @@ def test_a_prompt_and_its_completion_become_a_sample(model_folder, tmp_path):
     alone = tokenize(loaded, tokenizer, config)
     assert alone.dataset[0]["input_ids"] != found.dataset[0]["input_ids"], "another file of the cache"
     assert load_eval_prompts(loaded, tokenizer, config, [0], with_encoder=True) == [([3, 4, 2], "w5")]
+
+
+@pytest.mark.parametrize(
+    ("around", "prompt", "completion"),
+    [("$A", [2], [5, 2]), ("$A </s>", [2], [5, 2]), ("$A </s> w60", [2, 60], [5, 2, 60])],  # the last as MBart's
+)
+def test_what_a_tokenizer_puts_around_a_text_is_kept(around, prompt, completion, tmp_path):
+    tokenizer = models.tokenizer("t5")
+    special = [("</s>", 2), ("w60", 60)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=special)
+    rows = write_json_lines(tmp_path / "rows.jsonl", [{"prompt": "", "completion": "w5"}])
+    loaded, config = load_rows(str(rows), "train", None), DataConfig(train=str(rows), max_length=9)
+    (sample,) = tokenize(loaded, tokenizer, config, with_encoder=True).dataset
+    assert (sample["input_ids"], sample["encoder_length"]) == ([*prompt, *completion], len(prompt))
+    assert load_eval_prompts(loaded, tokenizer, config, [0], with_encoder=True) == [(prompt, "w5")]
 
 
 def test_types_are_as_transformers_keeps_them(model_folder, monkeypatch):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from lora_one_dist.commands.report.runs import Best, Run, is_number
+from lora_one_dist.commands.report.runs import SCORES, Best, Run, is_number
 
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 5.6, 3.6, 160  # 900 pixels: sharp on a phone, letters of 9 pixels there
 LINE_INCHES = 0.19  # a line of a legend, a bar with its gap
@@ -247,10 +247,11 @@ def _short(value: float) -> str:
 
 
 def methods(best: Sequence[Best]) -> Figure | None:
-    """Held-out loss and exact match of the best setting of each method, a dot for each run."""
+    """Held-out loss and scores of the best setting of each method, a dot for each run."""
     if not best:
         return None
-    keys = {"eval_loss": "held-out loss (lower is better)", "exact_match": "exact match (higher is better)"}
+    keys = {"eval_loss": "held-out loss (lower is better)"}
+    keys |= {key: f"{name} (higher is better)" for key, name in SCORES.items()}
     keys = {key: label for key, label in keys.items() if any(each.values(key) for each in best)}
     height = len(keys) * (0.9 + 1.8 * LINE_INCHES * len(best))
     canvas, axes = _canvas(height, len(keys), squeeze=False)

@@ -193,10 +193,11 @@ def number(value: float | None, form: str = ".4f") -> Number:
 
 def comparison(runs: Sequence[Run]) -> str:
     """What differs between the runs, and how they ended; below it their notes."""
-    settings = report_runs.differing(runs)
+    settings, scores = report_runs.differing(runs), report_runs.scored(runs)
     scale = report_figures.MIB
     heads = ["#", "run", "steps", "last training loss", "held-out loss before", "held-out loss after"]
-    heads += ["exact match before", "exact match after", "tokens/s", "peak MiB", "init s", *settings]
+    heads += [f"{name} {when}" for name in scores.values() for when in ("before", "after")]
+    heads += ["tokens/s", "peak MiB", "init s", *settings]
     rows = []
     for run in runs:
         losses = run.series("loss")[1]
@@ -209,8 +210,7 @@ def comparison(runs: Sequence[Run]) -> str:
                 number(losses[-1] if losses else None),
                 number(run.result("before", "eval_loss")),
                 last_held_out(run),
-                number(run.result("before", "exact_match")),
-                number(run.result("after", "exact_match")),
+                *(number(run.result(when, key)) for key in scores for when in ("before", "after")),
                 number(run.tokens_per_second, ".0f"),
                 number(peak / scale if peak is not None else None, ".0f"),
                 number(run.init_seconds, ".2f"),
@@ -242,7 +242,8 @@ def method_table(best: Sequence[Best]) -> str:
     chosen = [run for each in best for run in each.runs]
     settings = [key for key in report_runs.differing(chosen) if key in chosen[0].config]
     settings = [key for key in settings if key not in ("init.method", "init.adapter", "train.seed")]
-    heads = ["method", *settings, "settings tried", "runs", "seeds", "held-out loss", "exact match"]
+    scores = report_runs.scored(chosen)
+    heads = ["method", *settings, "settings tried", "runs", "seeds", "held-out loss", *scores.values()]
     rows = [
         [
             each.method,
@@ -251,7 +252,7 @@ def method_table(best: Sequence[Best]) -> str:
             Number(len(each.runs)),
             ", ".join(each.seeds),
             spread(each.values("eval_loss")),
-            spread(each.values("exact_match")),
+            *(spread(each.values(key)) for key in scores),
         ]
         for each in best
     ]

@@ -24,6 +24,7 @@ INIT_PHASES = ("gradient", "gather weights", "svd", "broadcast", "set adapters")
 NOT_COMPARED = ("output_dir", "resume", "comm", "checkpoint")
 COMMIT_DIGITS = 10
 MISSING = "-"
+SCORES = {"exact_match": "exact match", "matthews": "Matthews"}  # of held-out answers, and what they are called
 
 
 class ReportError(ValueError):
@@ -97,7 +98,7 @@ class Run:
         return total if isinstance(total, int) else None
 
     def result(self, when: str, key: str) -> float | None:
-        """``eval_loss`` or ``exact_match``, ``before`` or ``after``: the summary's, before else that of step 0."""
+        """``eval_loss`` or one of SCORES, ``before`` or ``after``: the summary's, before else that of step 0."""
         value = self.summary[when].get(key) if self.summary is not None else None
         if value is None and when == "before":
             value = next((line.get(key) for line in self.lines if line["step"] == 0), None)
@@ -265,6 +266,11 @@ def _content_notes(run: Run) -> list[str]:
     if lost:
         notes.append(f"{lost} logged losses are not finite: not drawn")
     return notes
+
+
+def scored(runs: Sequence[Run]) -> dict[str, str]:
+    """The SCORES to show of these runs: exact match, and others that one of them has."""
+    return {k: name for k, name in SCORES.items() if k == "exact_match" or any(run.series(k)[0] for run in runs)}
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
