@@ -214,7 +214,7 @@ def _decompose(
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
     parts = [part.to(comm.device()) for part in parts]
     norms = [spectral.frobenius_norm(part) for part in parts]
-    _refuse_unusable(target, norms, method)
+    refuse_unusable(target, norms, method)
     needed = singular_vectors_needed(config.init, r)
     overlap = None
     if len(parts) == 2:
@@ -262,7 +262,8 @@ def _pair(svd: spectral.TruncatedSVD, target: Target, config: Config) -> tuple[t
     return spectral.lora_ga(svd, r, init.scheme, _scale(target, config))
 
 
-def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
+def refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
+    """Raise GradientError for a matrix whose parts have no usable Frobenius norm."""
     fault = None
     if not all(map(math.isfinite, norms)):
         fault = "not finite"
