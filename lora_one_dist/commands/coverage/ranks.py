@@ -33,7 +33,7 @@ def report(config: Config, counts: Sequence[int], many: int, out: Path) -> None:
     teller = metrics.Teller(comm.rank() == 0)
     read = inputs.read(settings_of(config, 1, out))
     with comm.all_or_none("counting the samples"):
-        if many > len(read.train):
+        if comm.rank() == 0 and many > len(read.train):  # all find the same: told once
             raise DataError(f"--many {many}: the training data has {len(read.train)} samples. Lower it or add data.")
     planned = settings_of(config, many, out)
     fitted = fitting.fit(planned, read, begins=True)
