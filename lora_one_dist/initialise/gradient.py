@@ -91,7 +91,7 @@ def deal_between(
 
 def num_targets(sample: dict[str, Any]) -> int:
     """Tokens of a sample that carry a loss."""
-    return sum(label != -100 for label in sample["labels"][1:])
+    return int(sum(label != -100 for label in sample["labels"][1:]))  # of packed rows NumPy's
 
 
 class _SaveInput(torch.autograd.Function):

@@ -102,7 +102,7 @@ def config(model_folder, tmp_path):
 
 
 def test_two_ranks_write_the_report(config, tmp_path):
-    asked = [*config, "--local_rank=0", "--samples", "1,4", "--many", "4", "lora.r=3"]
+    asked = [*config, "--local_rank=0", "--samples", "1,4", "--many", "4", "lora.r=3", "data.packing=true"]
     (code, said), (other_code, silence) = run_ranks(2, called, asked, init=False)
     assert (code, other_code, silence) == (0, 0, "")
     assert "gradients, micro-batches of this rank 3/3" in said
