@@ -105,7 +105,7 @@ def shape_of(settings: Config) -> Shape:
     """Raises model.ModelError as the run would."""
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
     refuse_settings(skeleton, settings)
-    needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
+    needed = pairs.singular_vectors_needed(settings.init, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)
     for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):
         command_line.tell(note)

@@ -60,9 +60,16 @@ def deal_micro_batches(
     unit = micro_batch_size if average == "micro_batch" else 1
     units = -(-len(samples) // unit)
     cuts = sorted({min(len(samples), units * part // parts * unit) for part in range(parts + 1)})
+    return deal_between(samples, cuts, micro_batch_size, average, pad_token_id)
+
+
+def deal_between(
+    samples: Sequence[dict[str, Any]], cuts: Sequence[int], micro_batch_size: int, average: str, pad_token_id: int
+) -> list[list[MicroBatch]]:
+    """As :func:`deal_micro_batches`, in parts from one of ``cuts`` to the next, which rise from 0."""
     starts = [range(low, high, micro_batch_size) for low, high in pairwise(cuts)]
     num_micro_batches = sum(len(part) for part in starts)
-    num_targets = sum(_num_targets(sample) for sample in samples)
+    all_targets = sum(map(num_targets, samples))
     dealt = []
     for low, high in pairwise(cuts):
         part = samples[low:high]
@@ -70,11 +77,11 @@ def deal_micro_batches(
         for positions in batches_module.deal(len(part), micro_batch_size, comm.world_size(), comm.rank()):
             chosen = [part[i] for i in positions] or [samples[0]]
             tensors = batches_module.collate(chosen, pad_token_id, weightless=not positions)
-            own_targets = sum(_num_targets(sample) for sample in chosen)
+            own_targets = sum(map(num_targets, chosen))
             if not positions or own_targets == 0:
                 weight = 0.0
             elif average == "token":
-                weight = 1.0 / num_targets
+                weight = 1.0 / all_targets
             else:
                 weight = 1.0 / (num_micro_batches * own_targets)
             batches.append(MicroBatch(tensors, weight))
@@ -82,8 +89,9 @@ def deal_micro_batches(
     return dealt
 
 
-def _num_targets(sample: dict[str, Any]) -> int:
-    return sum(label != -100 for label in sample["labels"][1:])
+def num_targets(sample: dict[str, Any]) -> int:
+    """Tokens of a sample that carry a loss."""
+    return int(sum(label != -100 for label in sample["labels"][1:]))  # of packed rows NumPy's
 
 
 class _SaveInput(torch.autograd.Function):
@@ -108,11 +116,11 @@ class _OwnerSums:
     An owner adds its own gradient to its sum first and reduces into that, unless its sums are on the host.
     """
 
-    def __init__(self, owners: dict[str, int], buffer_device: torch.device):
+    def __init__(self, owners: dict[str, int], buffer_device: torch.device, owned: dict[str, torch.Tensor]):
         self.owners = owners
         self.buffer_device = buffer_device
         self.on_host = buffer_device != comm.device()
-        self.owned: dict[str, torch.Tensor] = {}
+        self.owned = owned
         self.pending: deque[tuple[str, torch.Tensor, comm.Waitable]] = deque()
         self.fired: set[str] = set()
 
@@ -158,6 +166,7 @@ def full_gradient(
     micro_batches: Sequence[MicroBatch],
     buffer: str,
     progress: Callable[[], None] = lambda: None,
+    onto: dict[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Gradient of the weighted loss with respect to each target's weight, on its owner.  Collective.
 
@@ -166,6 +175,7 @@ def full_gradient(
     Args:
         base: the frozen model, without adapters.  owners: rank of each target.  buffer: device or host.
         micro_batches: of this rank; all ranks must have the same number.
+        onto: what an earlier call returned, to be added to in place; a new sum if not given.
 
     Returns:
         ``{name: G (m, n) fp32}`` of the targets this rank owns, and the loss (the same on all ranks).
@@ -176,7 +186,8 @@ def full_gradient(
     Source: arXiv 2502.01235, "one-step full gradient"; arXiv 2407.05000, section 3.
     """
     buffer_device = torch.device("cpu") if buffer == "host" else comm.device()
-    sums = _OwnerSums({target.name: owner for target, owner in zip(targets, owners, strict=True)}, buffer_device)
+    owner_of = {target.name: owner for target, owner in zip(targets, owners, strict=True)}
+    sums = _OwnerSums(owner_of, buffer_device, {} if onto is None else onto)
     loss = torch.zeros((), dtype=torch.float64)
     layers = {name: base.module.get_submodule(name) for name in sums.owners}
     head_is_target = base.module.get_output_embeddings() in layers.values()

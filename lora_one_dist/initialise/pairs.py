@@ -29,7 +29,7 @@ from lora_one_dist.base.loss import loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm, ownership
-from lora_one_dist.config.initialise import GRADIENT_METHODS
+from lora_one_dist.config.initialise import InitConfig
 from lora_one_dist.config.seeds import seed_of
 from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise import spectral
@@ -88,9 +88,11 @@ class LayerGroup:
         return [layer for layer, owner in zip(self.layers, self.owners, strict=True) if owner == comm.rank()]
 
 
-def singular_vectors_needed(method: str, r: int) -> int:
-    """How many triplets a method takes from one matrix: 2r for lora_ga, 0 for lora."""
-    return {"lora": 0, "lora_ga": 2 * r}.get(method, r)
+def singular_vectors_needed(init: InitConfig, r: int) -> int:
+    """How many triplets an initialisation takes from one matrix: 2r for lora_ga, 0 where it takes no SVD."""
+    if not init.takes_svd:
+        return 0
+    return 2 * r if init.method == "lora_ga" else r
 
 
 def layer_groups(targets: Sequence[Target], count: int) -> list[LayerGroup]:
@@ -138,19 +140,18 @@ def initialise_group(
 
     Args:
         batch: this rank's micro-batches in one or two parts (:func:`gradient.deal_micro_batches`); two parts add the
-            overlap of their top-r spaces to the report.  Unused by ``pissa`` and ``lora``.
+            overlap of their top-r spaces to the report.  Unused where no gradient is taken.
         progress: told what was done.  phase: entered around each phase, by name.
 
     Raises:
         GradientError, RankError: if a gradient is zero or not finite, naming the layer, on every rank.
     """
-    method = config.init.method
     result = Initialisation()
     matrices: list[dict[str, torch.Tensor]] = []
-    if method in GRADIENT_METHODS:
+    if config.init.takes_gradient:
         with phase("gradient"):
             matrices, result.loss = gradients(base, group, config, batch, progress)
-    elif method == "pissa":
+    elif config.init.takes_svd:
         with phase("gather weights"):
             matrices = [_weights(base, group, config.init.buffer)]
     own: Pairs = {}
@@ -203,18 +204,18 @@ def _weights(base: Base, group: LayerGroup, buffer: str) -> dict[str, torch.Tens
 def _decompose(
     target: Target, parts: list[torch.Tensor], config: Config
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
-    """A0, B0 and the report row of one layer from its matrix, given as parts to sum (none for ``lora``)."""
+    """A0, B0 and the report row of one layer from its matrix, given as parts to sum (none without an SVD)."""
     started = time.monotonic()
     method, r = config.init.method, target.r
     row: dict[str, Any] = {"name": target.name, "m": target.m, "n": target.n, "r": r}
     seed = seed_of(config.train.seed, method, target.name)
-    if method == "lora":
-        A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
+    if not config.init.takes_svd:
+        A0, B0 = _drawn(target, config, seed)
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
     parts = [part.to(comm.device()) for part in parts]
     norms = [spectral.frobenius_norm(part) for part in parts]
-    _refuse_unusable(target, norms, method)
-    needed = singular_vectors_needed(method, r)
+    refuse_unusable(target, norms, method)
+    needed = singular_vectors_needed(config.init, r)
     overlap = None
     if len(parts) == 2:
         # A report to two digits: the first iterations are enough.
@@ -227,13 +228,7 @@ def _decompose(
         matrix.sign_()
         norms = [spectral.frobenius_norm(matrix)]
     svd = spectral.truncated_svd(matrix, needed, seed, config.init.svd_tolerance)
-    if method == "pissa":
-        pair = spectral.pissa(svd, r, target.scaling)
-    elif method == "lora_sb":
-        pair = spectral.lora_sb(svd, r, config.optim.lr / target.scaling)
-    else:
-        form = {"lora_one": spectral.lora_one, "lora_one_v1": spectral.lora_one_v1, "lora_ga": spectral.lora_ga}[method]
-        pair = form(svd, r, config.gamma)
+    pair = _pair(svd, target, config)
     row |= {
         "seconds": time.monotonic() - started,
         "frobenius_norm": norms[0],
@@ -247,7 +242,34 @@ def _decompose(
     return pair, row
 
 
-def _refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
+def _drawn(target: Target, config: Config, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 and B0 of the methods that look at no matrix, on the host: the same wherever they are drawn."""
+    if config.init.method == "lora":
+        return spectral.kaiming(target.m, target.n, target.r, seed)
+    return spectral.random_directions(target.m, target.n, target.r, _scale(target, config), seed)
+
+
+def _scale(target: Target, config: Config) -> float:
+    """Of lora_ga's directions."""
+    return spectral.stable_scale(target.m, config.gamma) if config.init.stable_output else 1 / target.scaling
+
+
+def _pair(svd: spectral.TruncatedSVD, target: Target, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 and B0 by the method's form."""
+    init, r = config.init, target.r
+    if init.method == "pissa":
+        return spectral.pissa(svd, r, target.scaling)
+    if init.method == "lora_sb":
+        return spectral.lora_sb(svd, r, config.optim.lr / target.scaling)
+    if init.method == "lora_one":
+        return spectral.lora_one(svd, r, config.gamma)
+    if init.method == "lora_one_v1":
+        return spectral.lora_one_v1(svd, r, config.gamma)
+    return spectral.lora_ga(svd, r, init.scheme, _scale(target, config))
+
+
+def refuse_unusable(target: Target, norms: Sequence[float], method: str) -> None:
+    """Raise GradientError for a matrix whose parts have no usable Frobenius norm."""
     fault = None
     if not all(map(math.isfinite, norms)):
         fault = "not finite"
@@ -308,8 +330,9 @@ def check_loss(before: float, after: float, config: Config) -> None:
     if method == "lora_sb":  # a step along signs may raise it, as AdamW's own first step may
         return
     tolerance = LOSS_TOLERANCE[config.model.dtype]
+    remedy = "Raise init.gamma or use fp32" if config.init.has_gamma else "Use fp32"
     if abs(after - before) > tolerance * max(1.0, before):
         raise InitError(
             f"init.method {method}: the loss of the init batch moved from {before:.6g} to {after:.6g}, more than the "
-            f"rounding of {config.model.dtype} explains ({tolerance:g} relative). Raise init.gamma or use fp32."
+            f"rounding of {config.model.dtype} explains ({tolerance:g} relative). {remedy}."
         )

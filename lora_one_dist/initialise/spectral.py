@@ -8,6 +8,7 @@ for a Krylov space of q columns (5r to 10r), or ``4 (m + n) min(m, n)`` for a fu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,12 @@ MAX_BLOCKS = 32
 RESIDUAL_FLOOR = 10 * torch.finfo(torch.float32).eps
 NORM_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # elements whose squares are added at once: of a cache; few kernels
 SMALL_GAP = 1e-2  # (S_r - S_{r+1}) / S_r below which the top-r space is not determined by the matrix
+
+SCHEMES: dict[str, Callable[[int], tuple[slice, slice]]] = {  # of r: the triplets whose v goes to A, and whose u to B
+    "arb2r": lambda r: (slice(r), slice(r, 2 * r)),
+    "a2rbr": lambda r: (slice(r, 2 * r), slice(r)),
+    "arbr": lambda r: (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -137,18 +144,34 @@ def lora_one_v1(svd: TruncatedSVD, r: int, gamma: float) -> tuple[torch.Tensor, 
 
     svd is of +G.  Source: arXiv 2502.01235v1.
     """
-    scale = svd.U.shape[0] ** 0.25 / math.sqrt(gamma)
+    scale = stable_scale(svd.U.shape[0], gamma)
     return scale * svd.Vh[:r], scale * svd.U[:, :r]
 
 
-def lora_ga(svd: TruncatedSVD, r: int, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """ArB2r: A0 from singular vectors 1..r, B0 from r+1..2r, both times ``m^(1/4) / sqrt(gamma)``; base compensated.
+def stable_scale(m: int, gamma: float) -> float:
+    """``m^(1/4) / sqrt(gamma)``, of A and of B.  Source: "stable output" of arXiv 2407.05000, section 3."""
+    return m**0.25 / math.sqrt(gamma)
 
-    svd is of +G and holds 2r triplets.  These are the reference numerics; PEFT's LoRA-GA also multiplies B by S and
-    leaves A unscaled.  Source: arXiv 2407.05000, section 3.
+
+def lora_ga(svd: TruncatedSVD, r: int, scheme: str, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 of r of the first 2r right singular vectors, B0 of the others' left ones, times ``scale``; base compensated.
+
+    With any scheme of :data:`SCHEMES` the first step of gradient descent at a small rate moves ``s B A`` along the best
+    rank-2r part of G, ``(s scale)^2`` times as far as it would move W.  svd is of +G and holds 2r triplets.  These are
+    the reference numerics; PEFT's LoRA-GA also multiplies B by S.  Source: arXiv 2407.05000, section 3 and its code.
     """
-    scale = svd.U.shape[0] ** 0.25 / math.sqrt(gamma)
-    return scale * svd.Vh[:r], scale * svd.U[:, r : 2 * r]
+    right, left = SCHEMES[scheme](r)
+    return scale * svd.Vh[right], scale * svd.U[:, left]
+
+
+def random_directions(m: int, n: int, r: int, scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 with orthonormal rows and B0 with orthonormal columns, times ``scale``; base compensated.
+
+    On the host.  Source: the ablation of arXiv 2407.05000 without gradient approximation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    A0, B0 = (torch.linalg.qr(torch.randn(size, r, generator=generator)).Q for size in (n, m))
+    return scale * A0.T.contiguous(), scale * B0
 
 
 def lora_sb(svd: TruncatedSVD, r: int, step: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ from lora_one_dist.base.sharding import REUSE_DISTANCE, SLAB_BYTES, with_fetch_s
 from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster.hierarchy import EXCHANGE_BYTES
-from lora_one_dist.config.initialise import COMPENSATED_METHODS, GRADIENT_METHODS
+from lora_one_dist.config.initialise import COMPENSATED_METHODS
 from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise.gradient import IN_FLIGHT
 from lora_one_dist.initialise.pairs import singular_vectors_needed
@@ -138,15 +138,14 @@ def memory_and_recomputed(
         shape = shape.frozen
     recomputed: dict[str, int] = {}
     pairs = 4 * shape.pairs
-    if config.init.method in GRADIENT_METHODS:
+    if config.init.takes_gradient:
         moments = _gradient_moments(shape, config, cluster, base)
         found["gradient"], recomputed["gradient"] = _with_blocks(shape, config, cluster, "gradient", moments)
-    if config.init.method != "lora":
+    if config.init.takes_svd:
         owned, largest_owned = fullest_owner(shape, config, cluster)
         on_host = config.init.buffer == "host" and on_gpu  # of them one at a time is on the device
         held = 4 * parts_of_batch(config) * (max(t.m * t.n for t in shape.targets) if on_host else owned)
-        method = config.init.method
-        needed = [(target, singular_vectors_needed(method, target.r)) for target in largest_owned]
+        needed = [(target, singular_vectors_needed(config.init, target.r)) for target in largest_owned]
         krylov = max((krylov_bytes(target, count) for target, count in needed), default=0)
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
@@ -293,6 +292,6 @@ def host_bytes(shape: Shape, config: Config, cluster: Cluster) -> int:
     size = 0
     if config.deepspeed.offloads:
         size += element_bytes(config) * (shape.parameters // ranks_a_copy(config, cluster))
-    if config.init.buffer == "host" and config.init.method != "lora":
+    if config.init.buffer == "host" and config.init.takes_svd:
         size += 4 * parts_of_batch(config) * fullest_owner(shape, config, cluster)[0]
     return size * cluster.ranks_per_host

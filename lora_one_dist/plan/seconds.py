@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.settings import Config
 from lora_one_dist.initialise.pairs import singular_vectors_needed
 from lora_one_dist.initialise.spectral import krylov_width
@@ -35,14 +34,14 @@ def operations_by_phase(
     targets, found = sum(target.m * target.n for target in shape.targets), {}
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
     parts = parts_of_batch(config)
-    if config.init.method in GRADIENT_METHODS:
+    if config.init.takes_gradient:
         passes, tokens = parts * passes_of_init(config, cluster), tokens_of("gradient", config)
         forward, again = _forward(shape, config, tokens), _again(shape, config, tokens) * recomputed["gradient"]
         back = sum(1.0 - share_below(shape, group) for group in groups)
         found["gradient"] = passes * (forward * len(groups) + (forward + again) * back + 2.0 * tokens * targets)
-    if config.init.method != "lora":
+    if config.init.takes_svd:
         _, owned = fullest_owner(shape, config, cluster)
-        widths = [krylov_width(singular_vectors_needed(config.init.method, target.r)) for target in owned]
+        widths = [krylov_width(singular_vectors_needed(config.init, target.r)) for target in owned]
         columns = sum(width * target.m * target.n for width, target in zip(widths, owned, strict=True))
         found["svd"] = 4.0 * BLOCKS_EXPECTED * (3 if parts == 2 else 1) * columns * len(groups)
     passes, tokens = _passes_of_step(config, cluster), tokens_of("step", config)

@@ -18,7 +18,6 @@ from lora_one_dist.base.recompute import most_blocks
 from lora_one_dist.base.tables import Table
 from lora_one_dist.base.targets import LINEAR, Target
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.settings import Config
 
 
@@ -190,7 +189,7 @@ def element_bytes(config: Config) -> int:
 
 def parts_of_batch(config: Config) -> int:
     """Parts of the init batch whose gradients are kept apart: 2 for ``init.halves``."""
-    return 2 if config.init.halves and config.init.method in GRADIENT_METHODS and config.init.num_samples > 1 else 1
+    return 2 if config.init.halves and config.init.takes_gradient and config.init.num_samples > 1 else 1
 
 
 def fullest_owner(shape: Shape, config: Config, cluster: Cluster) -> tuple[int, list[Target]]:

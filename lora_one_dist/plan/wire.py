@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_one_dist.cluster import ownership
-from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.settings import Config
 from lora_one_dist.plan.memory import kept_gathered
 from lora_one_dist.plan.shape import (
@@ -111,19 +110,19 @@ def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, W
     costs = [float(target.m * target.n) for target in shape.targets]
     groups = ownership.split(costs, config.init.layer_groups)
     gradient, broadcast = Wire(), Wire()
-    if config.init.method in GRADIENT_METHODS:
+    if config.init.takes_gradient:
         passes = parts_of_batch(config) * passes_of_init(config, cluster)
     for group in groups:
         owners = ownership.assign([costs[i] for i in group], ranks)
-        if config.init.method in GRADIENT_METHODS:
+        if config.init.takes_gradient:
             times = gathers_a_pass(shape, zero, share_below(shape, group))
             gradient += _base_gathers(shape, config, cluster, times * passes)
         for i, owner in zip(group, owners, strict=True):
             target = shape.targets[i]
-            if config.init.method in GRADIENT_METHODS:
+            if config.init.takes_gradient:
                 gradient += _to_owner(4 * target.m * target.n, owner, cluster) * passes
             broadcast += _from_owner(4 * target.pair, owner, cluster)
-    if config.init.method in GRADIENT_METHODS:
+    if config.init.takes_gradient:
         found["gradient"] = gradient
     if config.init.method == "pissa":
         found["gather weights"] = _base_gathers(shape, config, cluster, 1.0)

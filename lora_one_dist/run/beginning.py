@@ -15,7 +15,6 @@ from lora_one_dist.adapters.tables import TrainedTable, set_rows
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
-from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
 from lora_one_dist.data.samples import TokenData
@@ -110,7 +109,7 @@ def _init_batch(config: Config, tokens: TokenData, pad_token_id: int) -> tuple[l
     init = config.init
     indices = batches.global_batch(len(tokens), init.num_samples, 0, config.train.seed)
     samples = [tokens.dataset[i] for i in indices]
-    parts = 2 if init.halves and init.method in GRADIENT_METHODS and len(samples) > 1 else 1
+    parts = 2 if init.halves and init.takes_gradient and len(samples) > 1 else 1
     size = config.init_micro_batch_size
     return samples, gradient.deal_micro_batches(samples, size, init.average, parts, pad_token_id)
 
@@ -176,13 +175,16 @@ def _report(
     beside: adapter_files.Beside,
 ) -> None:
     """Say what the initialisation found, and write it and the initial adapter.  Collective."""
-    method, target_tokens = config.init.method, sum(sample["num_targets"] for sample in samples)
-    seen = target_tokens if method in GRADIENT_METHODS else 0  # pissa takes no gradient
+    init, target_tokens = config.init, sum(sample["num_targets"] for sample in samples)
+    seen = target_tokens if init.takes_gradient else 0
     for line in metrics.init_summary(result.rows, seen, config.lora.r):
         record.say(line)
     with comm.all_or_none("writing the initial adapter and its report"):
         if record.writes:
             adapter_files.export(record.root / "adapter_init", config, adapters, targets, initial, beside)
             about = {"loss_before": losses[0], "loss_after": losses[1], "target_tokens": target_tokens}
-            record.write_json("init_report.json", {"method": method, **about, "layers": result.rows})
+            how: dict[str, Any] = {"method": init.method}
+            if init.method == "lora_ga":
+                how |= {"scheme": init.scheme, "stable_output": init.stable_output}
+            record.write_json("init_report.json", {**how, **about, "layers": result.rows})
             metrics.plot_report(result.rows, record.root / "init_report.png", config.lora.r)

@@ -22,7 +22,6 @@ from lora_one_dist.base.skeleton import local_folder
 from lora_one_dist.base.tables import Table, new_ids, plan_tables
 from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.cluster import comm
-from lora_one_dist.config.initialise import GRADIENT_METHODS
 from lora_one_dist.config.settings import Config, TrainConfig
 from lora_one_dist.data import batches
 from lora_one_dist.data.cache import writable_cache
@@ -65,7 +64,7 @@ def read(config: Config) -> Inputs:
     settings = config.model
     folder = local_folder(settings.path, settings.trust_remote_code, settings.allow_pickle)
     with comm.all_or_none("checking the model"):
-        needed = pairs.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
+        needed = pairs.singular_vectors_needed(config.init, config.lora.r) if not config.init.adapter else 0
         plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)
         loading.check_loadable(plan, config.deepspeed.shard_group)
         refuse_settings(plan.skeleton, config)
@@ -145,7 +144,7 @@ def total_steps(train: TrainConfig, num_samples: int) -> int:
 
 def _refuse_too_few(config: Config, available: int) -> None:
     needed = {"train.global_batch_size": config.train.global_batch_size} if config.train.max_steps != 0 else {}
-    if config.init.adapter is None and config.init.method in GRADIENT_METHODS:
+    if config.init.adapter is None and config.init.takes_gradient:
         needed["init.num_samples"] = config.init.num_samples
     for key, count in needed.items():
         if count > available:

@@ -45,7 +45,37 @@ PROGRESS_SECONDS = 5.0
 SHARED_SECONDS = 60.0  # for a file to show on another host: NFS remembers for so long that there was none
 
 
-class RunFolder:
+class Teller:
+    """Lines on rank 0's standard output."""
+
+    def __init__(self, writes: bool):
+        """
+        Args:
+            writes: on rank 0; the others' calls do nothing.
+        """
+        self.writes = writes
+        self.begun: dict[str, float] = {}
+        self.last_line = 0.0
+
+    def say(self, message: str) -> None:
+        """One line of progress."""
+        if self.writes:
+            print(message, flush=True)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Progress of long work, at most one line every PROGRESS_SECONDS and one at its end, with the time left."""
+        now = time.monotonic()
+        if done == 1 or label not in self.begun:
+            self.begun[label] = self.last_line = now
+        if done == total or now - self.last_line >= PROGRESS_SECONDS:
+            self.last_line = now
+            spent = now - self.begun[label]
+            # The first unit's time is not known: it ended when this was first called.
+            left = f", {spent / (done - 1) * (total - done):.0f} s left" if 1 < done < total else ""
+            self.say(f"{label} {done}/{total}{left}")
+
+
+class RunFolder(Teller):
     """The record of one run, which may be that of several processes one after another."""
 
     def __init__(
@@ -58,12 +88,10 @@ class RunFolder:
             stop_on_failure: raise the OSError of a line that the disk does not take; else warn and try again with the
                 next line.
         """
+        super().__init__(writes)
         self.root = root
-        self.writes = writes
         self.stop_on_failure = stop_on_failure
         self.board: Any = None
-        self.begun: dict[str, float] = {}
-        self.last_line = 0.0
         self.complained = False
         if writes:
             from torch.utils.tensorboard import SummaryWriter
@@ -79,27 +107,10 @@ class RunFolder:
                 if (own := values.pop("step")) == step:  # purged with what came after the checkpoint
                     self._show(own, values)
 
-    def say(self, message: str) -> None:
-        """One line of progress."""
-        if self.writes:
-            print(message, flush=True)
-
     def say_how_loss_is_taken(self, model: Any) -> None:
         """Where it is not in pieces: why, which memory depends on.  After a pass of the model."""
         if (why := why_whole(model)) is not None:
             self.say(f"the loss takes the logits of all rows with a target at once: {why}")
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        """Progress of long work, at most one line every PROGRESS_SECONDS and one at its end, with the time left."""
-        now = time.monotonic()
-        if done == 1 or label not in self.begun:
-            self.begun[label] = self.last_line = now
-        if done == total or now - self.last_line >= PROGRESS_SECONDS:
-            self.last_line = now
-            spent = now - self.begun[label]
-            # The first unit's time is not known: it ended when this was first called.
-            left = f", {spent / (done - 1) * (total - done):.0f} s left" if 1 < done < total else ""
-            self.say(f"{label} {done}/{total}{left}")
 
     def write_json(self, name: str, value: Any) -> None:
         """A file of the run folder."""

@@ -85,6 +85,9 @@ def test_defaults_are_as_documented(here):
     "changes",
     [
         *[{"init__method": method} for method in METHODS],
+        *[{"init__method": "lora_ga", "init__scheme": scheme} for scheme in ("arb2r", "arbr", "a2rbr")],
+        {"init__method": "lora_ga", "init__scheme": "random", "init__gamma": 64},
+        {"init__method": "lora_ga", "init__stable_output": False},
         {"init__adapter": "adapter"},
         {"data__format": "chat", "data__loss_on": "all"},
         {"data__format": "text"},
@@ -158,6 +161,18 @@ WINS = [
     (DAMPED, ["optim.damping=null", "optim.preconditioner=none"], {"optim.damping": None}, []),
     ({"optim__betas": [0.8, 0.9], "optim__eps": 1e-6}, ["optim.name=sgd"], {}, ["optim.betas", "optim.eps"]),
     ({"init__gamma": 9, "init__layer_groups": 2}, ["init.method=pissa"], {"init.layer_groups": 2}, ["init.gamma"]),
+    (
+        {"init__method": "lora_ga", "init__scheme": "arbr"},
+        ["init.method=lora"],
+        {"init.method": "lora"},
+        ["init.scheme"],
+    ),
+    (
+        {"init__method": "lora_ga", "init__gamma": 9},
+        ["init.stable_output=false"],
+        {"init.method": "lora_ga"},
+        ["init.gamma"],
+    ),
     ({"init__method": "lora_ga"}, ["init.adapter=adapter"], {"init.adapter": "adapter"}, ["init.method"]),
     ({}, ["train.epochs=2"], {"train.epochs": 2.0, "train.max_steps": None}, ["train.max_steps"]),
     ({"train__max_steps": None, "train__epochs": 2}, ["train.max_steps=5"], {"train.epochs": None}, ["train.epochs"]),
@@ -332,6 +347,7 @@ BOUNDS = [
     ("model.memory_gb", ["auto", 0.5, 70], [0, "all", True]),
     ("data.format", ["chat"], ["alpaca"]),
     ("init.method", METHODS, ["olora"]),
+    ("init.scheme", [], ["ArB2r"]),
     ("init.average", ["micro_batch"], ["sample"]),
     ("init.buffer", ["host"], ["disk"]),
     ("optim.preconditioner", ["none", "riemannian", "rescaled"], ["shampoo"]),
@@ -359,6 +375,8 @@ def test_epochs_must_be_above_zero(here):
 
 ALTERED_INIT = {
     "method": "lora",
+    "scheme": "random",
+    "stable_output": False,
     "num_samples": 4,
     "average": "micro_batch",
     "gamma": 2.0,
@@ -422,6 +440,24 @@ RULES = [
         )
         for key, value in [("buffer", "host"), ("layer_groups", 2), ("svd_tolerance", 0.01)]
     ],
+    *[
+        ({f"init__{key}": value}, f"init.{key} = {value}", "has no effect with init.method lora_one. Leave it out")
+        for key, value in [("scheme", "random"), ("stable_output", False)]
+    ],
+    *[
+        (
+            {"init__method": "lora_ga", "init__scheme": "random", f"init__{key}": value},
+            f"init.{key} = {value}",
+            "has no effect with init.scheme random. Leave it out",
+        )
+        for key, value in ALTERED_INIT.items()
+        if key not in ("method", "scheme", "stable_output", "gamma")
+    ],
+    (
+        {"init__method": "lora_ga", "init__stable_output": False, "init__gamma": 2.0},
+        "init.gamma = 2.0",
+        "has no effect with init.stable_output False. Leave it out",
+    ),
     (
         {"optim__betas": [0.9, 1.0]},
         "optim.betas = 1.0",

@@ -25,20 +25,24 @@ ALPHAS = {"v_proj": 5}
 METHODS = ["lora_one", "lora_one_v1", "lora_ga", "pissa", "lora"]
 
 
-def start(folder, raw, world_groups=1):
-    """Runs on a rank: the pairs, the report rows, the effect on the base weights, and the losses before and after."""
+def start(folder, raw, others=()):
+    """Runs on a rank: the pairs, the report rows, the effect on the base weights, and the losses before and after.
+
+    Last the pairs and rows by ``others``, settings whose adapters are not set.
+    """
     from lora_one_dist.adapters.lora import inject_adapters, peft_config, set_adapters
     from lora_one_dist.cluster import comm
     from lora_one_dist.initialise import gradient
     from lora_one_dist.initialise import pairs as pairs_module
 
     config = parse_config(raw)
-    needed = pairs_module.singular_vectors_needed(config.init.method, config.lora.r)
+    needed = pairs_module.singular_vectors_needed(config.init, config.lora.r)
     base, targets = load_base(folder, Path(config.deepspeed.config).stem, lora=config.lora, rank_needed=needed)
-    parts = 2 if config.init.halves and config.init.method.startswith("lora_") else 1
+    parts = 2 if config.init.halves and config.init.takes_gradient else 1
     batch = gradient.deal_micro_batches(models.samples(SAMPLES), 1, "token", parts, 0)
     whole = [micro_batch for part in batch for micro_batch in part]
     result = pairs_module.initial_pairs(base, targets, config, batch)
+    beside = [pairs_module.initial_pairs(base, targets, parse_config(other), batch) for other in others]
     before = pairs_module.batch_loss(base, whole)
     adapters = inject_adapters(base, peft_config(config.lora, targets, "x"), targets, "fp32")
     compensate = config.init.method in ("lora_one_v1", "lora_ga", "pissa")
@@ -50,14 +54,21 @@ def start(folder, raw, world_groups=1):
             weights[adapter.target.name] = adapter.weight.detach().clone()
     assert result.loss is None or abs(result.loss - before) < 1e-5
     pairs_module.check_loss(before, after, config)
-    pairs = {name: (A.cpu(), B.cpu()) for name, (A, B) in result.pairs.items()}
-    return pairs, result.rows, weights, (before, after), comm.rank()
+    pairs, *besides = ({name: (A.cpu(), B.cpu()) for name, (A, B) in one.pairs.items()} for one in (result, *beside))
+    rows = [one.rows for one in beside]
+    return pairs, result.rows, weights, (before, after), comm.rank(), [*zip(besides, rows, strict=True)]
 
 
-def rank_and_scale(method, name):
+def starts(folder, raws):
+    """Runs on a rank: :func:`start` with each of several settings."""
+    return [start(folder, raw) for raw in raws]
+
+
+def rank_and_scale(raw, name):
     """What :data:`RANKS` and :data:`ALPHAS` say of a layer, for alpha 8 under rsLoRA."""
-    kind = name.rpartition(".")[2]
-    r = {"v_proj": 2, "k_proj": 8 if method == "lora_ga" else 10, "gate_proj": 10}.get(kind, R)
+    kind, init = name.rpartition(".")[2], raw["init"]
+    halved = init["method"] == "lora_ga" and init.get("scheme") != "random"
+    r = {"v_proj": 2, "k_proj": 8 if halved else 10, "gate_proj": 10}.get(kind, R)
     return r, (5 if kind == "v_proj" else 8) / math.sqrt(r)
 
 
@@ -66,6 +77,45 @@ def config_of(folder, tmp_path, method, **changes):
     inits = {"init__method": method, **({"init__num_samples": SAMPLES, "init__halves": True} if gradient_based else {})}
     lora = {"lora__use_rslora": True, "lora__alpha": 8, "lora__rank_pattern": RANKS, "lora__alpha_pattern": ALPHAS}
     return settings(folder, tmp_path / "out", **lora, **inits, **changes)
+
+
+# LoRA-GA's ablations: settings, and which of 2r singular vectors go to A and to B, as the authors' code has them.
+ABLATIONS = [
+    ({"init__scheme": "a2rbr"}, lambda r: (range(r, 2 * r), range(r))),
+    ({"init__scheme": "arbr"}, lambda r: (range(1, 2 * r, 2), range(0, 2 * r, 2))),
+    ({"init__stable_output": False}, lambda r: (range(r), range(r, 2 * r))),
+    ({"init__scheme": "random"}, None),
+    ({"init__scheme": "random", "init__stable_output": False}, None),
+]
+
+
+def ablations_of(folder, tmp_path, method, **changes):
+    """Configs of :data:`ABLATIONS`, for lora_ga."""
+    raws = [config_of(folder, tmp_path, method, **change, **changes) for change, _ in ABLATIONS]
+    for raw in raws:
+        if raw["init"].get("scheme") == "random":  # takes no gradient
+            raw["init"] = {key: raw["init"][key] for key in ("method", "scheme", "stable_output") if key in raw["init"]}
+    return raws if method == "lora_ga" else []
+
+
+def check_ablation(raw, vectors, matrix, r, s, pair):
+    """A0 and B0 against the float64 SVD; returns whether the gradient determines them."""
+    A0, B0 = (x.double() for x in pair)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    stable = raw["init"].get("stable_output", True)
+    scale = matrix.shape[0] ** 0.25 / math.sqrt(16.0) if stable else 1 / s
+    for gram in (A0 @ A0.T, B0.T @ B0):
+        assert reference.relative(gram / scale**2, torch.eye(r)) <= 1e-5  # of the SVD's vectors, in fp32
+    if vectors is None:
+        return False
+    right, left = ([*chosen] for chosen in vectors(r))
+    # The spaces of arbr are those of single vectors.
+    cuts = range(1, 2 * r + 1) if raw["init"].get("scheme") == "arbr" else (r, 2 * r)
+    if any(i < len(S) and float((S[i - 1] - S[i]) / S[i - 1]) < OPEN_GAP for i in cuts):
+        return False
+    assert reference.relative(A0.T @ A0 / scale**2, Vh[right].T @ Vh[right]) <= TOLERANCE
+    assert reference.relative(B0 @ B0.T / scale**2, U[:, left] @ U[:, left].T) <= TOLERANCE
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +147,20 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth):
     for world_size, groups in ((1, 1), (2, 3), (3, 1), (4, 1)):
         changes = {"init__layer_groups": groups} if method != "lora" else {}
         raw = config_of(folder, tmp_path, method, **changes)
-        ranks = run_ranks(world_size, start, folder, raw)
-        for pairs, *_ in ranks[1:]:
-            for name, pair in pairs.items():
-                assert torch.equal(pair[0], ranks[0][0][name][0]), f"{name}: rank 0's bits on every rank"
-                assert torch.equal(pair[1], ranks[0][0][name][1])
+        ablations = ablations_of(folder, tmp_path, method)
+        ranks = run_ranks(world_size, start, folder, raw, ablations)
+        found = [[pairs, *(others for others, _ in beside)] for pairs, *_, beside in ranks]
+        for first, *others in zip(*found, strict=True):
+            for pairs in others:
+                for name, pair in pairs.items():
+                    assert torch.equal(pair[0], first[name][0]), f"{name}: rank 0's bits on every rank"
+                    assert torch.equal(pair[1], first[name][1])
         runs[world_size] = ranks[0]
     config = parse_config(raw)
     determined = 0
     for name, matrix in (weights if method == "pissa" else gradients).items():
         S = torch.linalg.svdvals(matrix)
-        r, s = rank_and_scale(method, name)
+        r, s = rank_and_scale(raw, name)
         k = 2 * r if method == "lora_ga" else r
         gaps = [float((S[i - 1] - S[i]) / S[i - 1]) for i in {r, k} if i < len(S)]
         for pairs, *_ in runs.values():
@@ -140,6 +193,17 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth):
                 )
                 assert reference.relative(B0 @ A0, first_B @ first_A) <= TOLERANCE
     assert method == "lora" or determined >= 4 * 20, "4 world sizes x most of 28 layers have an open gap"
+    for i, (ablation, (_, vectors)) in enumerate(zip(ablations, ABLATIONS, strict=False)):
+        found = []
+        for *_, beside in runs.values():
+            pairs, rows = beside[i]
+            for name, pair in pairs.items():
+                found.append(check_ablation(ablation, vectors, gradients[name], *rank_and_scale(raw, name), pair))
+                if vectors is None:
+                    assert torch.equal(pair[0], runs[1][-1][i][0][name][0]), "seeded by name, not by rank"
+                    assert torch.equal(pair[1], runs[1][-1][i][0][name][1])
+            assert all(("coverage" in row) == (vectors is not None) for row in rows)
+        assert vectors is None or sum(found) >= 4 * 20, (ablation["init"], sum(found))
 
 
 @pytest.mark.parametrize("zero_json", ["stage0", "zero3"])
@@ -148,11 +212,13 @@ def test_base_and_loss(method, zero_json, model_folder, tmp_path, truth):
     """lora_one leaves the base and lowers the loss; the compensating methods change the base and not the loss."""
     folder = model_folder("llama")
     raw = config_of(folder, tmp_path, method, deepspeed__config=f"ds_configs/{zero_json}.json")
-    for pairs, _, after_weights, (before, after), _ in run_ranks(2, start, folder, raw):
+    raws = [raw, *ablations_of(folder, tmp_path, method, deepspeed__config=f"ds_configs/{zero_json}.json")]
+    results = [pair for ranks in run_ranks(2, starts, folder, raws) for pair in zip(raws, ranks, strict=True)]
+    for raw, (pairs, _, after_weights, (before, after), *_) in results:
         for layer, original in truth[1].items():
             A0, B0 = (x.double() for x in pairs[layer])
             compensated = method in ("lora_one_v1", "lora_ga", "pissa")
-            s = rank_and_scale(method, layer)[1]
+            s = rank_and_scale(raw, layer)[1]
             expected = original.float().double() - (s * B0 @ A0 if compensated else 0)
             assert reference.relative(after_weights[layer], expected) <= 1e-6  # one fp32 rounding
         if method == "lora_one":
@@ -163,7 +229,8 @@ def test_base_and_loss(method, zero_json, model_folder, tmp_path, truth):
 
 def test_report_rows(model_folder, tmp_path, truth):
     folder = model_folder("llama")
-    rows = run_ranks(3, start, folder, config_of(folder, tmp_path, "lora_one"))[0][1]
+    raw = config_of(folder, tmp_path, "lora_one")
+    rows = run_ranks(3, start, folder, raw)[0][1]
     assert [row["name"] for row in rows] == list(truth[0])
     assert {row["owner"] for row in rows} == {0, 1, 2}
     halves = [reference.full_gradient(models.llama().double(), models.samples(SAMPLES)[part], list(truth[0]))
@@ -174,7 +241,7 @@ def test_report_rows(model_folder, tmp_path, truth):
         for rank, share in row["coverage"].items():
             assert share == pytest.approx(float(S[:rank].square().sum() / S.square().sum()), rel=1e-5)
         U = [torch.linalg.svd(half[row["name"]]) for half in halves]
-        r, _ = rank_and_scale("lora_one", row["name"])
+        r, _ = rank_and_scale(raw, row["name"])
         left = float((U[0][0][:, :r].T @ U[1][0][:, :r]).square().sum()) / r
         right = float((U[0][2][:r] @ U[1][2][:r].T).square().sum()) / r
         assert row["half_overlap"] == pytest.approx((left + right) / 2, abs=1e-3)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, LoraGAConfig, get_peft_model
 
 from lora_one_dist.initialise import spectral
 from tests.reference import relative
@@ -55,10 +56,60 @@ def test_lora_one_v1(case):
 
 def test_lora_ga_spans_the_two_spaces(case):
     G, r, (U, _, Vh), svd = case
-    A0, B0 = (x.double() for x in spectral.lora_ga(svd, r, 16.0))
+    A0, B0 = (x.double() for x in spectral.lora_ga(svd, r, "arb2r", spectral.stable_scale(G.shape[0], 16.0)))
     scale = math.sqrt(G.shape[0]) / 16.0
     assert relative(A0.T @ A0 / scale, Vh[:r].T @ Vh[:r]) <= TOLERANCE
     assert relative(B0 @ B0.T / scale, U[:, r : 2 * r] @ U[:, r : 2 * r].T) <= TOLERANCE
+
+
+# Which of the first 2r triplets go where (0-based), as the authors' code has them.
+SCHEMES = {
+    "arb2r": lambda r: (range(r), range(r, 2 * r)),
+    "a2rbr": lambda r: (range(r, 2 * r), range(r)),
+    "arbr": lambda r: (range(1, 2 * r, 2), range(0, 2 * r, 2)),
+}
+PEFT_NAMES = {"arb2r": "ArB2r", "a2rbr": "A2rBr", "arbr": "ArBr"}
+ONE_ROUNDING = 1e-6  # of fp32
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_of_lora_ga(scheme, case):
+    """The vectors are as named; and a step of gradient descent takes the best rank-2r part of G with any of them."""
+    G, r, (U, S, Vh), svd = case
+    right, left = SCHEMES[scheme](r)
+    s, scale = 2.5, 1 / 2.5
+    A0, B0 = (x.double() for x in spectral.lora_ga(svd, r, scheme, scale))
+    assert relative(A0, scale * svd.Vh.double()[[*right]]) <= ONE_ROUNDING
+    assert relative(B0, scale * svd.U.double()[:, [*left]]) <= ONE_ROUNDING
+    moved = s * (B0 @ (s * B0.T @ G.double()) + (s * G.double() @ A0.T) @ A0)  # of s B A, at rate -1
+    assert relative(moved, (U[:, : 2 * r] * S[: 2 * r]) @ Vh[: 2 * r]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_directions_are_those_of_peft(scheme):
+    """With PEFT's gd_scale A0 is the same but for signs; of B0 the directions are, since PEFT multiplies B by S."""
+    G, r, alpha = matrix(40, 64, 0.7), 10, 25  # q = 4r is the whole of G
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40, bias=False))
+    model[0]._peft_loraga_grad = G
+    ga = LoraGAConfig(direction=PEFT_NAMES[scheme], scale="gd_scale")
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config=ga)
+    layer = get_peft_model(model, config).base_model.model[0]
+    theirs_A, theirs_B = (x["default"].weight.detach().double() for x in (layer.lora_A, layer.lora_B))
+    svd = spectral.truncated_svd(G, 2 * r, seed=1, tolerance=1e-3)
+    A0, B0 = (x.double() for x in spectral.lora_ga(svd, r, scheme, r / alpha))
+    signs = (A0 * theirs_A).sum(1, keepdim=True).sign()
+    assert relative(A0, signs * theirs_A) <= TOLERANCE
+    directions = torch.nn.functional.normalize(theirs_B, dim=0)
+    assert relative(B0 / B0.norm(dim=0), (B0 * directions).sum(0).sign() * directions) <= TOLERANCE
+
+
+def test_random_directions():
+    A0, B0 = spectral.random_directions(50, 400, 8, scale=0.5, seed=3)
+    assert (A0.shape, B0.shape) == ((8, 400), (50, 8))
+    for gram in (A0.double() @ A0.T.double(), B0.T.double() @ B0.double()):
+        assert relative(gram, 0.25 * torch.eye(8)) <= ONE_ROUNDING
+    other, _ = spectral.random_directions(50, 400, 8, scale=0.5, seed=4)
+    assert float((other @ A0.T).norm() / (A0 @ A0.T).norm()) < 0.3  # of unrelated spaces about sqrt(8 / 400)
 
 
 def test_pissa_is_the_best_rank_r_part(case):
@@ -80,7 +131,9 @@ def test_large_gradient_at_rank_64():
     ):
         assert relative(B0 @ A0, truth) <= TOLERANCE
     assert _error_over_optimal(G, svd, S, 64) <= 1 + TOLERANCE
-    A0, B0 = spectral.lora_ga(spectral.truncated_svd(G, 128, seed=2, tolerance=1e-3), 64, 16.0)
+    A0, B0 = spectral.lora_ga(
+        spectral.truncated_svd(G, 128, seed=2, tolerance=1e-3), 64, "arb2r", spectral.stable_scale(2048, 16.0)
+    )
     scale = math.sqrt(2048) / 16.0
     assert relative(A0.double().T @ A0.double() / scale, Vh[:64].T @ Vh[:64]) <= TOLERANCE
     assert relative(B0.double() @ B0.double().T / scale, U[:, 64:128] @ U[:, 64:128].T) <= TOLERANCE

@@ -191,6 +191,11 @@ def test_phases_are_told_in_the_order_in_which_they_run():
     found = predict(shape("llama-2-7b"), settings("llama-2-7b"), Cluster(1, 8))
     assert list(found.seconds) == ["gradient", "svd", "broadcast", "step"]
     assert list(found.memory) == ["load", *found.seconds]
+    drawn = predict(
+        shape("llama-2-7b"), settings("llama-2-7b", "init.method=lora_ga", "init.scheme=random"), Cluster(1, 8)
+    )
+    assert list(drawn.seconds) == ["broadcast", "step"]
+    assert list(drawn.memory) == ["load", "step"], "directions that are drawn take neither gradient nor SVD"
 
 
 @pytest.mark.parametrize("gigabytes", [30, 40, 50, 60, 76])

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from lora_one_dist.run.identity import HostsError, refuse_unlike_hosts
+from lora_one_dist.run.identity import HostsError, differences, refuse_unlike_hosts
 
 SAME = {"base": {"config": "c" * 64}, "train": {"samples": 9, "sha256": "a" * 64}, "evaluation": None}
 OTHERS = "data.train: must be the same on every host, is node1, node2, node4 and 5 more: "
+
+
+@pytest.mark.parametrize(
+    ("init", "refused"),
+    [
+        ({"scheme": "arb2r", "stable_output": True}, []),
+        ({"scheme": "arbr", "stable_output": True}, ["init.scheme is arbr, was arb2r"]),
+        ({"scheme": "arb2r", "stable_output": False}, ["init.stable_output is False, was True"]),
+    ],
+)
+def test_a_run_of_before_the_schemes_had_the_default(init, refused):
+    run = {"targets": [], "base": {}, "train_data": {}, "eval_data": None}
+    before, now = ({**run, "config": {"init": {"method": "lora_ga", **more}}} for more in ({}, init))
+    assert differences(before, now) == (refused, [])
 
 
 def test_hosts_with_the_same_pass():

@@ -278,7 +278,8 @@ def initialisation(settings: Settings) -> Result:
     measure("LoRA, preconditioned", plain, damping=DAMPING)
     measure("LoRA, Kaiming", kaiming(settings))
     for gamma in (4.0, 16.0, 64.0):
-        start = from_gradient(problem.gradient, r, partial(spectral.lora_ga, r=r, gamma=gamma))
+        form = partial(spectral.lora_ga, r=r, scheme="arb2r", scale=spectral.stable_scale(size, gamma))
+        start = from_gradient(problem.gradient, r, form)
         moved = problem.compensated(*start)
         name = f"LoRA-GA, gamma {gamma:g}"
         measure(name, start, moved)
