@@ -184,10 +184,12 @@ def encode_pairs(
 
 @dataclass(frozen=True)
 class Given:
-    """What a run begins from in place of a method: pairs, and rows of tables by the tables' names."""
+    """What a run begins from in place of a method: pairs, rows of tables by the tables' names, DoRA's magnitudes."""
 
     pairs: Pairs
     tables: dict[str, torch.Tensor]
+    magnitudes: dict[str, torch.Tensor]
+    """By target; none of a plain adapter, whose rows keep the norms that they have."""
 
 
 def read_adapter(folder: Path, config: Config, targets: Sequence[Target], tables: Sequence[Table] = ()) -> Given:
@@ -210,7 +212,9 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target], tables
     if changed is not None:
         raise AdapterError(f"init.adapter = {folder}: {changed}")
     known, left, misfits = _tables_of(described, tensors, tables)
-    beyond = unknown + peft_settings.beyond_pairs(described, TABLES if known and not misfits else ())
+    magnitudes = _magnitudes_of(left, targets)
+    taken = (*(TABLES if known and not misfits else ()), *(("use_dora",) if magnitudes else ()))
+    beyond = unknown + peft_settings.beyond_pairs(described, taken)
     problems = broken + ([] if broken else _other_scale(described, config.lora, targets))
     problems += misfits + [f"{setting} ({MERGE_FIRST})" for setting in beyond]
     pairs, misfits = _pairs_of(left, targets, told=bool(beyond))
@@ -219,7 +223,15 @@ def read_adapter(folder: Path, config: Config, targets: Sequence[Target], tables
         shown = listed(problems, 5)
         raise AdapterError(f"init.adapter = {folder}: {shown}. Set lora.* to what the adapter was made with.")
     read = {name: (A.read().float(), B.read().float()) for name, (A, B) in pairs.items()}
-    return Given(read, {name: tensor.read() for name, tensor in known.items()})
+    rows, norms = ({name: tensor.read() for name, tensor in held.items()} for held in (known, magnitudes))
+    return Given(read, rows, norms)
+
+
+def _magnitudes_of(left: dict[str, LazyTensor], targets: Sequence[Target]) -> dict[str, LazyTensor]:
+    """DoRA's magnitudes, taken out of the tensors that are ``left``, where the run trains such and all are there."""
+    names = {f"{PREFIX}{target.name}.lora_magnitude_vector": target for target in targets if target.kind == "dora"}
+    fits = [name in left and left[name].shape == (target.m,) for name, target in names.items()]
+    return {target.name: left.pop(name) for name, target in names.items()} if all(fits) else {}
 
 
 def _tables_of(

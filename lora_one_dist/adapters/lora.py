@@ -163,6 +163,14 @@ def set_frozen(adapters: Sequence[Adapter], pairs: Pairs) -> None:
 
 
 @torch.no_grad()
+def set_magnitudes(adapters: Sequence[Adapter], magnitudes: Mapping[str, torch.Tensor]) -> None:
+    """Let DoRA's rows that are given, by target, have these magnitudes.  Not collective."""
+    for adapter in adapters:
+        if adapter.target.name in magnitudes:
+            adapter.more["lora_magnitude_vector"].copy_(magnitudes[adapter.target.name])
+
+
+@torch.no_grad()
 def _set_pair(adapter: Adapter, A: torch.Tensor, B: torch.Tensor) -> None:
     if "lora_R" in adapter.more:
         A, R, B = core_of(A, B)

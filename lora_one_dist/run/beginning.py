@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lora_one_dist.adapters import folder as adapter_files
-from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters, set_frozen
+from lora_one_dist.adapters.lora import Adapter, inject_adapters, peft_config, set_adapters, set_frozen, set_magnitudes
 from lora_one_dist.adapters.tables import TrainedTable, set_rows
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
@@ -157,7 +157,9 @@ def _set(
     before = result.loss if result.loss is not None else pairs.batch_loss(base, whole)
     adapters = inject_adapters(base, peft_config(config.lora, targets, config.model.path), targets, config.model.dtype)
     lost = set_adapters(base, adapters, result.pairs, config.changes_base)
-    set_rows(tables, read.given.tables if read.given is not None else {})
+    if read.given is not None:
+        set_rows(tables, read.given.tables)
+        set_magnitudes(adapters, read.given.magnitudes)
     for row in result.rows:
         row["base_rounding"] = lost.get(row["name"])
     return adapters, (before, pairs.batch_loss(base, whole))

@@ -440,6 +440,18 @@ RULES = [
         )
         for key, value in [("buffer", "host"), ("layer_groups", 2), ("svd_tolerance", 0.01)]
     ],
+    ({"lora__kind": "lora_sb"}, "lora.kind = lora_sb", "Set init.method to lora_sb too"),
+    ({"init__method": "lora_sb"}, "init.method = lora_sb", "Set lora.kind to lora_sb too"),
+    (
+        {"lora__kind": "lora_sb", "init__method": "lora_sb", "optim__preconditioner": "rescaled"},
+        "optim.preconditioner = rescaled",
+        "has no effect with lora.kind lora_sb",
+    ),
+    (
+        {"lora__kind": "dora", "optim__preconditioner": "lora_pro"},
+        "optim.preconditioner = lora_pro",
+        "is for lora.kind lora",
+    ),
     *[
         ({f"init__{key}": value}, f"init.{key} = {value}", "has no effect with init.method lora_one. Leave it out")
         for key, value in [("scheme", "random"), ("stable_output", False)]

@@ -177,3 +177,17 @@ def test_goes_on_at_another_number_of_ranks(runs, model_folder, tmp_path):
     for kind in KINDS:
         straight = losses_of(runs(2) / kind)
         assert largest_gap(losses_of(tmp_path / "runs" / kind), straight) <= TOLERANCE * straight[0], kind
+
+
+def test_begins_from_an_adapter_of_its_kind(runs, model_folder, tmp_path):
+    base, kinds = model_folder("llama"), ("dora", "lora_sb")
+    raws = []
+    for kind in kinds:
+        raw = settings_of(kind, base, tmp_path / "runs" / kind)
+        raw["init"], raw["train"]["max_steps"] = {"adapter": str(runs(2) / kind / "adapter")}, 0
+        raws.append(raw)
+    run_ranks(1, train_each, raws)
+    for kind in kinds:
+        started, last = tmp_path / "runs" / kind / "adapter_init", metrics(runs(2) / kind)[-1]["eval_loss"]
+        # LoRA-SB's core comes from a QR of what was exported.
+        assert peft_eval_loss(base, started, models.rows(21, seed=1), torch.float32) == pytest.approx(last, rel=1e-6)
