@@ -70,9 +70,8 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                '            if config.damping_in_force is not None and "lora_A" in values:\n                A, B =',
-                "            before = [value.clone() for value in values.values()]\n            if False:\n"
-                "                A, B =",
+                '            if config.damping_in_force is not None and "lora_A" in values:\n',
+                "            before = [value.clone() for value in values.values()]\n            if False:\n",
             ),
             (
                 "config.eps, config.weight_decay)\n",
