@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_one_dist.train import optim
+from lora_one_dist.train.precondition import precondition
 from tools.study import forms, hessian
 
 K, R, M, N = 3, 4, 10, 6
@@ -39,7 +40,7 @@ def test_the_package_s_own_forms_are_the_package_s(name):
     for step in range(1, 6):
         grads = pair(10 + step)
         if name != "none":
-            grads = optim.precondition(A, B, *grads, form.damping, form.rescale)
+            grads = precondition(A, B, *grads, form.damping, form.rescale)
         for value, grad, first, second in ((A, grads[0], *kept[:2]), (B, grads[1], *kept[2:])):
             optim.adamw_(value, grad, first, second, step, 0.1, BETAS, EPS, 0.0)
     # fp32 steps of 0.1 in another order of operations: 6e-8 each, times the condition of a Gram.
