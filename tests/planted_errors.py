@@ -70,7 +70,7 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                '            if config.damping_in_force is not None and "lora_A" in values:\n                A, B =',
+                "            if self.preconditions:\n                A, B =",
                 "            before = [value.clone() for value in values.values()]\n            if False:\n"
                 "                A, B =",
             ),

@@ -209,7 +209,8 @@ def _decompose(
     row: dict[str, Any] = {"name": target.name, "m": target.m, "n": target.n, "r": r}
     seed = seed_of(config.train.seed, method, target.name)
     if method == "lora":
-        A0, B0 = spectral.kaiming(target.m, target.n, r, seed)
+        start = spectral.gaussian if target.kind == "adalora" else spectral.kaiming
+        A0, B0 = start(target.m, target.n, r, seed)
         return (A0.to(comm.device()), B0.to(comm.device())), {**row, "seconds": time.monotonic() - started}
     parts = [part.to(comm.device()) for part in parts]
     norms = [spectral.frobenius_norm(part) for part in parts]

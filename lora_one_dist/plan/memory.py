@@ -19,7 +19,7 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``pairs``        4 sum(r (m + n)): the adapters to be, on every rank from the broadcast on
 - ``frozen pairs``  w sum(r (m + n)) while training, of LoRA-SB
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
-- ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
+- ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner, 24 of AdaLoRA
 - ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
                    ``table update``: what is sent of one table
 """
@@ -150,7 +150,8 @@ def memory_and_recomputed(
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
     p = make_layout(shape.targets, cluster.ranks).share * cluster.ranks
-    states = {"adapters": (e + 4) * p, "states": 16 * p // cluster.ranks}
+    held = 24 if config.lora.kind == "adalora" else 16
+    states = {"adapters": (e + 4) * p, "states": held * p // cluster.ranks}
     if config.lora.kind == "lora_sb":
         states["frozen pairs"] = e * shape.pairs
     if config.init.method in COMPENSATED_METHODS:

@@ -28,8 +28,9 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Tabl
 def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
     working, states = {"fp32": 4, "bf16": 2}[config.model.dtype], 12 if config.optim.name == "adamw" else 4
+    averages = 8 if config.lora.kind == "adalora" else 0
     tables = sum(one.size * (states + one.names * working) for one in trained if isinstance(one, Table))
     targets = [one for one in trained if isinstance(one, Target)]
     frozen = sum(one.pair for one in targets) if config.lora.kind == "lora_sb" else 0
-    exported = 8 if config.changes_base else working
-    return tables + sum(one.adapter for one in targets) * (states + exported) + frozen * (4 + working)
+    exported = 8 if config.changes_base else 4 if averages else working
+    return tables + sum(one.adapter for one in targets) * (states + averages + exported) + frozen * (4 + working)

@@ -27,13 +27,19 @@ KINDS = {
     "dora from lora_one": {"lora__kind": "dora"},
     "dora from pissa": {"lora__kind": "dora", "init__method": "pissa"},
     "lora_sb": {**SB, "lora__alpha": 4.0, "lora__use_rslora": False, "optim__lr": 2e-3},
+    "adalora": {
+        **{"lora__kind": "adalora", "lora__use_rslora": False, "lora__alpha": 64.0, "init__method": "lora"},
+        **{"lora__adalora_target_r": 2, "lora__adalora_warmup_steps": 4, "lora__adalora_final_steps": 5},
+        **{"lora__adalora_interval": 3, "lora__adalora_orthogonal": 0.1, "optim__lr": 1e-2, "optim__eps": 1e-4},
+    },
 }
+WITHOUT_PAIRS = ("lora_sb", "adalora")  # kinds that no preconditioner is for
 FIXED = {"train__max_steps": STEPS, "optim__weight_decay": 0.1, "optim__preconditioner": None}
 
 
 def settings_of(kind: str, base: Path, out: Path) -> dict:
     changes = {**FIXED, **KINDS[kind]}
-    if kind != "lora_sb":
+    if kind not in WITHOUT_PAIRS:
         changes["optim__preconditioner"] = "none"
     return settings(base, out, **changes)
 
@@ -41,6 +47,8 @@ def settings_of(kind: str, base: Path, out: Path) -> dict:
 def start_of(kind: str, folder: Path, model, s: float) -> dict[str, dict[str, torch.Tensor]]:
     """By layer what is trained and what is held beside it, from the run's initial adapter."""
     name_of, found = "base_model.model.{}.{}".format, {}
+    if kind == "adalora":
+        return start_of_adalora(folder.parent, model)
     file = load_file(folder / "adapter_model.safetensors")
     for key in (key for key in file if key.endswith("lora_A.weight")):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -60,14 +68,72 @@ def start_of(kind: str, folder: Path, model, s: float) -> dict[str, dict[str, to
     return found
 
 
+def start_of_adalora(run: Path, model) -> dict[str, dict[str, torch.Tensor]]:
+    """From the files of the first checkpoint: the initial adapter has ``B diag(E)``, which is 0."""
+    masters = {}
+    for path in (run / "checkpoints" / "step-0").glob("optimizer-*.safetensors"):
+        masters |= {key: value.double() for key, value in load_file(path).items() if key.endswith(".master")}
+    found = {}
+    for name in (key.removesuffix(".lora_E.master") for key in masters if "lora_E" in key):
+        found[name] = {side: masters[f"{name}.lora_{side}.master"] for side in "ABE"}
+        found[name]["W"] = model.get_submodule(name).weight.detach().double()
+    return found
+
+
 def weight_of(kind: str, held: dict[str, torch.Tensor], s: float) -> torch.Tensor:
     """A layer's weight with its adapter."""
     if kind == "lora_sb":
         return held["W"] + s * held["B"] @ held["R"] @ held["A"]
+    if kind == "adalora":
+        return held["W"] + s * held["B"] @ held["E"].diag() @ held["A"]
     whole = held["W"] + s * held["B"] @ held["A"]
     if "dora" in kind:
         return (held["m"] / whole.detach().norm(dim=1))[:, None] * whole
     return whole
+
+
+class Triplets:
+    """AdaLoRA's regulariser and pruning, as its paper and PEFT have them, one number after another."""
+
+    def __init__(self, layers: dict[str, dict[str, torch.Tensor]], lora):
+        self.layers, self.lora = layers, lora
+        self.average = {(name, key): 0.0 for name in layers for key in "ABE"}
+        self.spread = dict(self.average)
+        self.gone: set[tuple[str, int]] = set()
+        self.count = sum(len(held["E"]) for held in layers.values())
+
+    def regulariser(self) -> torch.Tensor:
+        grams = [held["A"] @ held["A"].T for held in self.layers.values()]
+        grams += [held["B"].T @ held["B"] for held in self.layers.values()]
+        off = [((gram - torch.eye(len(gram), dtype=torch.float64)) ** 2).sum().sqrt() for gram in grams]
+        return self.lora.adalora_orthogonal * sum(off) / len(off)
+
+    @torch.no_grad()
+    def prune(self, step: int) -> None:
+        """After the optimizer's step ``step``, counted from 1."""
+        last = STEPS - self.lora.adalora_final_steps
+        if step < last:
+            for name, key in self.average:
+                value = self.layers[name][key]
+                now = (value * value.grad).abs()
+                self.average[name, key] = 0.85 * self.average[name, key] + 0.15 * now
+                self.spread[name, key] = 0.85 * self.spread[name, key] + 0.15 * (now - self.average[name, key]).abs()
+        first, kept = self.lora.adalora_warmup_steps, self.lora.adalora_target_r * len(self.layers)
+        if step <= last and step > first and (step == last or step % self.lora.adalora_interval == 0):
+            left = int(kept + (self.count - kept) * (1 - (step - first) / (last - first)) ** 3)
+            self.gone = set(sorted(self.scores(), key=self.scores().get)[: self.count - left])
+        elif step <= last:
+            self.gone = set()
+        for name, i in self.gone:
+            self.layers[name]["E"][i] = 0.0
+
+    def scores(self) -> dict[tuple[str, int], float]:
+        found = {}
+        for name, held in self.layers.items():
+            A, B, E = (self.average[name, key] * self.spread[name, key] for key in "ABE")
+            for i in range(len(held["E"])):
+                found[name, i] = float(E[i] + A[i].mean() + B[:, i].mean())
+        return found
 
 
 def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> list[float]:
@@ -76,7 +142,9 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     s, losses = config.scaling, []
     layers = start_of(kind, folder, model, s)
-    trained = [t for held in layers.values() for key, t in held.items() if key in ("ABm" if kind != "lora_sb" else "R")]
+    which = {"lora_sb": "R", "adalora": "ABE"}.get(kind, "ABm")
+    trained = [t for held in layers.values() for key, t in held.items() if key in which]
+    triplets = Triplets(layers, config.lora) if kind == "adalora" else None
     optimizer = torch.optim.AdamW(
         [t.requires_grad_() for t in trained], eps=config.optim.eps, weight_decay=config.optim.weight_decay
     )
@@ -90,10 +158,12 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
         chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
         loss = reference.mean_loss(adapted, [samples[i] for i in chosen])
         optimizer.zero_grad()
-        loss.backward()
+        (loss + triplets.regulariser() if triplets else loss).backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
         optimizer.param_groups[0]["lr"] = config.optim.lr * (1 - step / STEPS)
         optimizer.step()
+        if triplets:
+            triplets.prune(step + 1)
         losses.append(float(loss.detach()))
     return losses
 
