@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -210,3 +212,66 @@ def test_goes_on_at_another_number_of_ranks(runs, model_folder, tmp_path):
     for kind in KINDS:
         straight = losses_of(runs(2) / kind)
         assert largest_gap(losses_of(tmp_path / "runs" / kind), straight) <= TOLERANCE * straight[0], kind
+
+
+def test_adalora_goes_on_among_the_last_steps_with_the_triplets_that_were_left(runs, model_folder, tmp_path):
+    raw = settings_of("adalora", model_folder("llama"), tmp_path / "run" / "adalora")
+    assert run_ranks(2, train_each, [raw], 17) == [["stopped"]] * 2
+    run_ranks(1, train_each, [raw])
+    straight, went_on = runs(2) / "adalora", Path(raw["output_dir"])
+    assert largest_gap(losses_of(went_on), losses_of(straight)) <= TOLERANCE * losses_of(straight)[0]
+    ranks = [json.loads((out / "adapter" / "adapter_config.json").read_text()) for out in (straight, went_on)]
+    assert ranks[0]["rank_pattern"] == ranks[1]["rank_pattern"]
+
+
+@pytest.mark.full
+def test_adalora_is_that_of_peft(runs, model_folder):
+    """And not that of this file's reference alone: PEFT's layers, regulariser and RankAllocator, in float64."""
+    base, out = model_folder("llama"), runs(2) / "adalora"
+    config = parse_config(settings_of("adalora", base, out))
+    lora = config.lora
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    start = start_of_adalora(out, model)
+    schedule = {"tinit": lora.adalora_warmup_steps, "tfinal": lora.adalora_final_steps, "total_step": STEPS}
+    described = AdaLoraConfig(
+        init_r=lora.r,
+        target_r=lora.adalora_target_r,
+        lora_alpha=lora.alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in start}),
+        deltaT=lora.adalora_interval,
+        orth_reg_weight=lora.adalora_orthogonal,
+        task_type="CAUSAL_LM",
+        **schedule,
+    )
+    peft = get_peft_model(model, described, autocast_adapter_dtype=False)
+    for name, held in start.items():
+        layer = peft.base_model.model.get_submodule(name)
+        for side in "ABE":
+            parameter = getattr(layer, f"lora_{side}")["default"]
+            parameter.data = held[side].reshape(parameter.shape).clone()
+    # PEFT 0.21 would train its divisor of alpha too where it moves an adapter to another type, here fp64.
+    trained = [p for name, p in peft.named_parameters() if p.requires_grad and "ranknum" not in name]
+    assert len(trained) == 3 * len(start)
+    optimizer = torch.optim.AdamW(trained, eps=config.optim.eps, weight_decay=config.optim.weight_decay)
+    samples, losses = samples_of(base, models.rows(100)), []
+    ids = torch.tensor([samples[0]["input_ids"]])
+    for step in range(STEPS):
+        chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
+        loss = reference.mean_loss(peft, [samples[i] for i in chosen])
+        # PEFT adds its regulariser to the loss that a model gives: of some ids, without that loss.
+        added = peft(input_ids=ids, labels=ids).loss - peft.base_model.model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        (loss + added).backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.optim.lr * (1 - step / STEPS)
+        optimizer.step()
+        peft.base_model.update_and_allocate(step + 1)
+        losses.append(float(loss.detach()))
+    gap = largest_gap(losses_of(out), losses)
+    print(f"losses {losses[0]:.4f} to {losses[-1]:.4f}, gap {gap:.1e}")
+    assert gap <= TOLERANCE * losses[0]
+    left = {name: int((peft.base_model.model.get_submodule(name).lora_E["default"] != 0).sum()) for name in start}
+    exported = load_file(out / "adapter" / "adapter_model.safetensors")
+    kept = {name: len(exported[f"base_model.model.{name}.lora_A.weight"]) for name in start}
+    assert kept == {name: max(1, count) for name, count in left.items()}
+    assert sum(left.values()) == lora.adalora_target_r * len(start)
