@@ -29,6 +29,7 @@ KEPT = (
     "lora.r",
     "lora.alpha",
     "lora.use_rslora",
+    "lora.kind",
     "lora.new_tokens",
     "lora.modules_to_save",
     "init.method",
@@ -41,6 +42,7 @@ KEPT = (
     "train.global_batch_size",
     "train.seed",
 )
+OF_OLD = {"lora.kind": "lora"}  # what runs were before there were such settings
 LAYERS = ("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern")
 # Where things lie, or what is measured: not worth a line when it changes.
 UNLOGGED = ("model.path", "data", *LAYERS, "output_dir", "resume", "init")
@@ -72,7 +74,7 @@ def identity(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two runs' identities: what makes them two, and what may change within one.  Pure."""
     refused, changed = [], []
-    was, is_ = flatten(before["config"]), flatten(now["config"])
+    was, is_ = {**OF_OLD, **flatten(before["config"])}, flatten(now["config"])
     for key in sorted(was.keys() | is_.keys()):
         old, new = was.get(key), is_.get(key)
         if old == new:
