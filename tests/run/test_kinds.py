@@ -13,7 +13,9 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from lora_one_dist.config.reading import parse_config
+from lora_one_dist.convert import export
 from lora_one_dist.data import batches
+from lora_one_dist.disk.lazy import ConversionError
 from tests import models, reference
 from tests.ranks import run_ranks
 from tests.run.test_resume import losses_of, train_until
@@ -222,6 +224,8 @@ def test_adalora_goes_on_among_the_last_steps_with_the_triplets_that_were_left(r
     assert largest_gap(losses_of(went_on), losses_of(straight)) <= TOLERANCE * losses_of(straight)[0]
     ranks = [json.loads((out / "adapter" / "adapter_config.json").read_text()) for out in (straight, went_on)]
     assert ranks[0]["rank_pattern"] == ranks[1]["rank_pattern"]
+    with pytest.raises(ConversionError, match="B is exported with E in it, its master is not"):
+        export.plan(went_on, masters=True)
 
 
 @pytest.mark.full
