@@ -34,7 +34,8 @@ KINDS = {
     "adalora": {
         **{"lora__kind": "adalora", "lora__use_rslora": False, "lora__alpha": 64.0, "init__method": "lora"},
         **{"lora__adalora_target_r": 2, "lora__adalora_warmup_steps": 4, "lora__adalora_final_steps": 5},
-        **{"lora__adalora_interval": 3, "lora__adalora_orthogonal": 0.1, "optim__lr": 1e-2, "optim__eps": 1e-4},
+        **{"lora__adalora_interval": 3, "lora__adalora_orthogonal": 4.0, "optim__lr": 1e-2, "optim__eps": 1e-4},
+        "optim__max_grad_norm": 0.1,  # below what the regulariser's gradient has to do with it
     },
 }
 WITHOUT_PAIRS = ("lora_sb", "adalora")  # kinds that no preconditioner is for
