@@ -323,7 +323,7 @@ def test_failure_of_one_rank_stops_all_with_its_message(module, function, doing,
 
 def test_failure_of_one_rank_in_its_update_ends_all_with_its_message(model_folder, tmp_path):
     raw = settings(model_folder("llama"), tmp_path / "run")
-    ended = run_commands(tmp_path, 2, one_rank_fails, raw, "train.optim", "_damped_inverse")
+    ended = run_commands(tmp_path, 2, one_rank_fails, raw, "train.precondition", "_damped_inverse")
     assert all(code != 0 for code, _ in ended)
     assert all(re.search(r"^rank 1 on \S+ failed: OSError: stale file handle", said, re.M) for _, said in ended)
 
