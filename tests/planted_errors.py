@@ -70,7 +70,7 @@ ERRORS = [
         "train/optim.py",
         (
             (
-                '            if config.damping_in_force is not None and "lora_A" in values:\n',
+                "            if self.preconditions:\n",
                 "            before = [value.clone() for value in values.values()]\n            if False:\n",
             ),
             (
@@ -622,6 +622,27 @@ ERRORS = [
         ),
         "cluster/test_launchers.py",
         "steps_tasks",
+    ),
+    Planted(
+        "AdaLoRA's regulariser added behind the norm that is clipped",
+        "train/optim.py",
+        (
+            (
+                "        self.send.zero_()\n        if self.allocation",
+                "        self.send.zero_()\n        square = spectral.frobenius_norm(self.grads) ** 2\n"
+                "        if self.allocation",
+            ),
+            ("        square = spectral.frobenius_norm(self.grads) ** 2 + self", "        square += self"),
+        ),
+        "run/test_kinds.py",
+        "one_process and adalora",
+    ),
+    Planted(
+        "B's columns left out of the importance of AdaLoRA's triplets",
+        "train/adalora.py",
+        (("E + A.mean(1) + B.mean(0)", "E + A.mean(1)"),),
+        "train/test_adalora.py",
+        "importances",
     ),
 ]
 

@@ -6,6 +6,7 @@ Of T tokens: x (T, n), W (m, n), A (r, n), B (m, r), x' = dropout(x).
 - backward  ``dh = s B' dy``;  ``dA = dh' x'``, ``dB = dy' h``;  ``dx = W' dy``, ``dx += A' dh`` (through the dropout)
 
 With LoRA-SB's core R (r, r), which trains alone, it is ``y += B R h``: ``dR = (B' dy)' h``, ``dh = s R' B' dy``.
+With AdaLoRA's E (r,), the diagonal of a core, A and B train too: ``dB = dy' h E``, ``dE = sum_t (B' dy) h``.
 
 Autograd's own form writes and reads six more (T, m) tensors a layer.  Only h and, where A trains, x' are saved, and
 before the frozen product: a recomputation ends with the last tensor that was saved.  A gradient goes straight into its
@@ -26,7 +27,7 @@ ADAPTER = "default"  # PEFT's name of the one adapter
 
 
 class AdaptedLinear(lora.Linear):
-    """PEFT's LoRA layer with one plain adapter, under PEFT's names, and with a core where there is ``lora_R``."""
+    """PEFT's LoRA layer with one plain adapter, under PEFT's names, and a core if it has ``lora_R`` or ``lora_E``."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         A: Any = self.lora_A[ADAPTER]
@@ -37,7 +38,8 @@ class AdaptedLinear(lora.Linear):
         x, h = _Before.apply(x, A.weight, scaling, p)
         y = self.base_layer(x)
         fresh = isinstance(self.base_layer, FrozenLinear | FrozenConv1D)
-        return _Behind.apply(y, h, A.weight, B.weight, self._parameters.get("lora_R"), scaling, x.grad_fn, fresh)
+        core = self._parameters.get("lora_R", self._parameters.get("lora_E"))
+        return _Behind.apply(y, h, A.weight, B.weight, core, scaling, x.grad_fn, fresh)
 
 
 class _Before(torch.autograd.Function):
@@ -86,7 +88,7 @@ class _Behind(torch.autograd.Function):
         if fresh:
             ctx.mark_dirty(y)
         output = y if fresh else y.clone()
-        h = h if R is None else h @ R.T
+        h = _through(R, h)
         output.view(-1, y.shape[-1]).addmm_(h.to(y.dtype), B.T.to(y.dtype))
         return output  # no view: a model's own code may go on to write to it
 
@@ -94,12 +96,22 @@ class _Behind(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         h, kept, x = ctx.before.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1]).to(h.dtype)
-        dh = dy @ ctx.B
-        dR, dh = (None, dh) if ctx.R is None else (_give(ctx.R, dh, h), dh @ ctx.R)
+        dh, R, dR = dy @ ctx.B, ctx.R, None
+        if R is not None:
+            dR = _give(R, dh, h) if R.dim() == 2 else give(R, (dh.float() * h.float()).sum(0))
+            dh = _through(R.T if R.dim() == 2 else R, dh)
         dh.mul_(ctx.scaling)
         ctx.before.branch = dh, kept
-        dA, dB = (_give(ctx.A, dh, x), _give(ctx.B, dy, h)) if ctx.R is None else (None, None)
+        trains = ctx.A.requires_grad  # LoRA-SB's A and B do not
+        dA, dB = (_give(ctx.A, dh, x), _give(ctx.B, dy, _through(R, h))) if trains else (None, None)
         return grads[0], None, dA, dB, dR, None, None, None
+
+
+def _through(core: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+    """``R h`` of rows h (T, r), for a core R (r, r), the diagonal of one (r,), or none."""
+    if core is None:
+        return h
+    return h @ core.T if core.dim() == 2 else h * core
 
 
 def _give(parameter: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,9 @@ def encode(
     lora = config.lora
     more = {**beside.tensors, **_magnitudes(adapters)}
     if initial is None:
-        pairs = {a.target.name: _pair_of(a) for a in adapters}
+        pruned = lora.kind == "adalora"
+        pairs = _without_pruned(adapters, lora) if pruned else {a.target.name: _pair_of(a) for a in adapters}
+        targets = [replace(target, r=len(pairs[target.name][0])) for target in targets]
         described = peft_config(lora, targets, config.model.path, **beside.settings)
         return {**beside.files, **_frozen(adapters), **encode_pairs(described, pairs, targets, more)}
     pairs = {}
@@ -134,6 +136,23 @@ def _pair_of(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
         return A, B
     A, B, R = (tensor.cpu().float() for tensor in (A, B, adapter.more["lora_R"].detach()))
     return A, B @ R
+
+
+def _without_pruned(adapters: Sequence[Adapter], lora: LoraConfig) -> Pairs:
+    """AdaLoRA's as plain LoRA, in fp32: A and ``B diag(E)`` of the triplets whose E is not 0.
+
+    A layer without any keeps one, of zeros; at the start, where every E is 0, all keep all.  B makes up for the scale
+    that PEFT has for so many.
+    """
+    held = {a.target.name: tuple(t.detach().cpu().float() for t in (a.A, a.B, a.more["lora_E"])) for a in adapters}
+    begun, pairs = any(bool(E.any()) for _, _, E in held.values()), {}
+    for target in (adapter.target for adapter in adapters):
+        A, B, E = held[target.name]
+        stay = E != 0 if begun else torch.ones_like(E, dtype=torch.bool)
+        stay[0] |= not stay.any()
+        by_peft = lora.alpha_of(target.name) / int(stay.sum())
+        pairs[target.name] = A[stay], (B * E)[:, stay] * (target.scaling / by_peft)
+    return pairs
 
 
 def _magnitudes(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:

@@ -115,8 +115,9 @@ def _beside(layer: Any, target: Target, dtype: torch.dtype) -> dict[str, nn.Para
     made = {name: nn.Parameter(torch.zeros(shape, dtype=dtype, device=comm.device())) for name, shape in shapes.items()}
     if target.kind == "dora":
         DoraLinear.put(layer, made["lora_magnitude_vector"])
-    for name in made.keys() & {"lora_R"}:
+    for name in made.keys() & {"lora_R", "lora_E"}:
         layer.register_parameter(name, made[name])
+        layer.scaling[ADAPTER] = target.scaling
     return made
 
 

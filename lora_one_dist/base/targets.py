@@ -56,11 +56,18 @@ class Target:
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is trained of it, by the names that PEFT's layers have for it (lora_R: LoRA-SB's core)."""
+        """Shapes of what is trained of it, by the names that PEFT's layers have for it (lora_R: LoRA-SB's core).
+
+        Of AdaLoRA's lora_E the diagonal.
+        """
         if self.kind == "lora_sb":
             return {"lora_R": (self.r, self.r)}
         found: dict[str, tuple[int, ...]] = {"lora_A": (self.r, self.n), "lora_B": (self.m, self.r)}
-        return found | ({"lora_magnitude_vector": (self.m,)} if self.kind == "dora" else {})
+        more: dict[str, dict[str, tuple[int, ...]]] = {
+            "dora": {"lora_magnitude_vector": (self.m,)},
+            "adalora": {"lora_E": (self.r,)},
+        }
+        return found | more.get(self.kind, {})
 
     @property
     def adapter(self) -> int:

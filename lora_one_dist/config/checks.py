@@ -16,6 +16,7 @@ from lora_one_dist.config.settings import (
     DataConfig,
     DeepSpeedConfig,
     InitConfig,
+    LoraConfig,
     ModelConfig,
     TrainConfig,
 )
@@ -68,6 +69,7 @@ def cross_checks(groups: Mapping[str, Any]) -> list[str]:
     checks: dict[str, Callable[[Any], Iterator[str]]] = {
         "model": _check_model,
         "data": _check_data,
+        "lora": _check_lora,
         "init": _check_init,
         "train": _check_train,
         "deepspeed": _check_deepspeed,
@@ -82,6 +84,10 @@ def cross_checks(groups: Mapping[str, Any]) -> list[str]:
                 f"optim.warmup_steps = {optim.warmup_steps}: must be below train.max_steps = {train.max_steps}. "
                 "Lower it, or the learning rate never reaches optim.lr."
             )
+    if {"train", "lora"} <= groups.keys() and groups["train"].max_steps and groups["lora"].kind == "adalora":
+        lora, steps = groups["lora"], groups["train"].max_steps
+        if lora.adalora_warmup_steps + lora.adalora_final_steps >= steps:
+            problems.append(lora.no_room_to_prune(f"train.max_steps is {steps}"))
     return problems
 
 
@@ -120,6 +126,11 @@ def _check_data(data: DataConfig) -> Iterator[str]:
         )
     for key in ("prompt", "completion"):
         yield from _check_template(f"data.{key}", getattr(data, key))
+
+
+def _check_lora(lora: LoraConfig) -> Iterator[str]:
+    if lora.kind == "adalora" and lora.target_r >= lora.r:
+        yield f"lora.adalora_target_r = {lora.target_r}: must be below lora.r = {lora.r}. Lower it or raise lora.r."
 
 
 def _check_template(key: str, template: str) -> Iterator[str]:

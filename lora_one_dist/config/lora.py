@@ -11,10 +11,12 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from lora_one_dist.config.effect import Effect
+from lora_one_dist.config.effect import Effect, only_with
 from lora_one_dist.config.group import Group
 
 Value = TypeVar("Value")
+PEFT_EPSILON = 1e-5  # that PEFT's AdaLoRA adds to r
+_ADALORA = only_with("lora.kind", "adalora")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -73,15 +75,34 @@ class LoraConfig(Group):
     alpha_pattern: dict[Expression, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Another alpha, above 0, for layers, as in rank_pattern."""
     kind: Annotated[
-        Literal["lora", "dora", "lora_sb"],
+        Literal["lora", "dora", "lora_sb", "adalora"],
         Effect(
             ("lora.kind", "init.method", "init.adapter"),
             lambda kind, method, adapter: kind != "lora_sb" or method == "lora_sb" or adapter is not None,
             "= lora_sb needs the core's own start. Set init.method to lora_sb too.",
         ),
+        Effect(
+            ("lora.kind", "lora.use_rslora", "init.method", "init.adapter"),
+            lambda kind, root, method, adapter: kind != "adalora" or (root, method, adapter) == (False, "lora", None),
+            "= adalora starts at random and divides alpha by r. Set init.method to lora and lora.use_rslora to false, "
+            "and leave init.adapter out.",
+        ),
     ] = "lora"
     """lora: A and B train; dora (arXiv 2402.09353): so does the magnitude of each row of W + s B A; lora_sb (arXiv
-    2411.19557, with init.method lora_sb): the r x r core R of W + s B R A alone trains."""
+    2411.19557, with init.method lora_sb): the r x r core R of W + s B R A alone trains; adalora (arXiv 2303.10512, with
+    init.method lora, without use_rslora): A, B and E of W + s B diag(E) A, of which the least important triplets go."""
+    adalora_target_r: Annotated[int | None, _ADALORA] = Field(None, ge=1)
+    """Triplets that a layer keeps on average, at least 1, below r (PEFT: target_r, where r is init_r); none: two thirds
+    of r, as in the paper."""
+    adalora_warmup_steps: Annotated[int, _ADALORA] = Field(0, ge=0)
+    """Optimizer steps before the first triplets go (PEFT: tinit), at least 0."""
+    adalora_final_steps: Annotated[int, _ADALORA] = Field(0, ge=0)
+    """Optimizer steps at the end in which the triplets that stay are the same (PEFT: tfinal), at least 0."""
+    adalora_interval: Annotated[int, _ADALORA] = Field(1, ge=1)
+    """Optimizer steps between two prunings (PEFT: deltaT), at least 1."""
+    adalora_orthogonal: Annotated[float, _ADALORA] = Field(0.5, ge=0)
+    """Weight of the regulariser that keeps A's rows and B's columns orthogonal (PEFT: orth_reg_weight), at least 0. Its
+    gradient counts in the norm that is clipped; the loss in the log is without it."""
     new_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """Tokens to add to the tokenizer, e.g. ["<think>", "</think>"], of which embedding and head train a row each, from
     the mean of the old ones; so they do, unasked, of tokens that the tokenizer has and the model has not."""
@@ -90,8 +111,20 @@ class LoraConfig(Group):
     endings of their names. Tied ones are trained as one."""
 
     def scale(self, r: int, alpha: float) -> float:
-        """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        """s in W + s B A: alpha / r, or alpha / sqrt(r) under rsLoRA; AdaLoRA's to the bit as PEFT has it."""
+        if self.kind == "adalora":
+            return alpha / (r + PEFT_EPSILON)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    @property
+    def target_r(self) -> int:
+        """AdaLoRA's in force."""
+        return self.adalora_target_r or max(1, 2 * self.r // 3)
+
+    def no_room_to_prune(self, steps: str) -> str:
+        """What is wrong with a schedule without steps between its two ends; ``steps``: how many there are."""
+        ends = f"{self.adalora_warmup_steps}, lora.adalora_final_steps = {self.adalora_final_steps}"
+        return f"lora.adalora_warmup_steps = {ends}: must leave steps between them, {steps}. Lower them."
 
     def rank_asked(self, name: str) -> int:
         """r for the layer of this name, whatever its shape."""

@@ -199,6 +199,8 @@ def _with_masters(folder: Path, layers: dict[str, Layer]) -> dict[str, Layer]:
 
 def _with_master(layer: Layer, masters: dict[str, LazyTensor], where: Path) -> Layer:
     pair = []
+    if f"{layer.name}.lora_E.master" in masters:
+        raise ConversionError(f"{where}: AdaLoRA's B is exported with E in it, its master is not. Leave --masters out.")
     for side, tensor, axis in (("A", layer.A, 0), ("B", layer.B, 1)):
         master = masters.get(f"{layer.name}.lora_{side}.master")
         if master is None or master.shape[1 - axis] != tensor.shape[1 - axis]:

@@ -245,7 +245,8 @@ def _decompose(
 def _drawn(target: Target, config: Config, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A0 and B0 of the methods that look at no matrix, on the host: the same wherever they are drawn."""
     if config.init.method == "lora":
-        return spectral.kaiming(target.m, target.n, target.r, seed)
+        start = spectral.gaussian if target.kind == "adalora" else spectral.kaiming
+        return start(target.m, target.n, target.r, seed)
     return spectral.random_directions(target.m, target.n, target.r, _scale(target, config), seed)
 
 

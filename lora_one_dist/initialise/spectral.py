@@ -199,6 +199,12 @@ def kaiming(m: int, n: int, r: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     return torch.empty(r, n).uniform_(-bound, bound, generator=generator), torch.zeros(m, r)
 
 
+def gaussian(m: int, n: int, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaLoRA's A0 and B0, between which E is 0: normal with deviation 0.02, as PEFT.  Source: arXiv 2303.10512."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.02 * torch.randn(r, n, generator=generator), 0.02 * torch.randn(m, r, generator=generator)
+
+
 def frobenius_norm(tensor: torch.Tensor) -> float:
     """Of any shape, summed in fp64: finite if and only if every element (fp32) is, and 0 only of zeros.
 

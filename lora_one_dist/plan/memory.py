@@ -20,7 +20,7 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``moments of weights``  8 sum(m n) of the owner that has most of them, of LoRA-Pro under AdamW
 - ``frozen pairs``  w sum(r (m + n)) while training, of LoRA-SB
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
-- ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner
+- ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner, 24 of AdaLoRA
 - ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
                    ``table update``: what is sent of one table
 """
@@ -150,7 +150,9 @@ def memory_and_recomputed(
         found["svd"] = base | {"owned": held, "krylov": krylov, "pairs": pairs // cluster.ranks}
         found["broadcast"] = base | {"pairs": 2 * pairs}
     layout = make_layout(shape.targets, cluster.ranks)
-    p, kept = layout.share * cluster.ranks, 8 if config.optim.moments_of_weights else 16
+    p, kept = layout.share * cluster.ranks, 24 if config.lora.kind == "adalora" else 16
+    if config.optim.moments_of_weights:
+        kept = 8
     states = {"adapters": (e + 4) * p, "states": kept * p // cluster.ranks}
     if config.optim.moments_of_weights:
         states["moments of weights"] = 8 * layout.largest_sum([target.m * target.n for target in shape.targets])

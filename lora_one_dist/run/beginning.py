@@ -20,10 +20,10 @@ from lora_one_dist.data import batches
 from lora_one_dist.data.samples import TokenData
 from lora_one_dist.initialise import gradient, pairs
 from lora_one_dist.run import checkpoint, metrics
-from lora_one_dist.run.inputs import Inputs
+from lora_one_dist.run.inputs import Inputs, total_steps
 from lora_one_dist.run.saving import Trained, guarded
 from lora_one_dist.run.stopping import stop_if_asked
-from lora_one_dist.train import optim
+from lora_one_dist.train import adalora, optim
 
 Batch = list[list[gradient.MicroBatch]]
 Evaluation = Callable[[], dict[str, float]]
@@ -65,7 +65,7 @@ def begin(
         initial = {a.target.name: (a.A.detach().cpu().clone(), a.B.detach().cpu().clone()) for a in adapters}
         initial = initial if record.writes else {}
     _report(config, read.plan.targets, record, result, losses, samples, adapters, initial, beside)
-    optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
+    optimizer = _optimizer(config, read, adapters, beside)
     record.say_how_loss_is_taken(base.module)
     return Trained(adapters, initial, beside, optimizer, before)
 
@@ -95,13 +95,20 @@ def go_on(
         set_adapters(base, adapters, initial, compensate=True)
         initial = initial if record.writes else {}
     set_frozen(adapters, frozen)
-    optimizer = optim.LayerShardedOptimizer(adapters, config.optim, beside.tables)
+    optimizer = _optimizer(config, read, adapters, beside)
     checkpoint.load_optimizer(found.folder, optimizer, found.step)
     writers = found.state["world_size"]
     record.say(f"going on from {found.folder}, which {writers} ranks have written")
     if config.lora.dropout > 0 and writers != comm.world_size():
         record.say(f"dropout draws other masks on {comm.world_size()} ranks than on {writers}")
     return Trained(adapters, initial, beside, optimizer, before)
+
+
+def _optimizer(
+    config: Config, read: Inputs, adapters: list[Adapter], beside: adapter_files.Beside
+) -> optim.LayerShardedOptimizer:
+    allocation = adalora.allocation_of(config.lora, read.plan.targets, total_steps(config.train, len(read.train)))
+    return optim.LayerShardedOptimizer(adapters, config.optim, beside.tables, allocation)
 
 
 def _init_batch(config: Config, tokens: TokenData, pad_token_id: int) -> tuple[list[dict[str, Any]], Batch]:

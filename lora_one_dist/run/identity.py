@@ -29,6 +29,7 @@ KEPT = (
     "lora.r",
     "lora.alpha",
     "lora.use_rslora",
+    "lora.kind",
     "lora.new_tokens",
     "lora.modules_to_save",
     "init.method",
@@ -43,7 +44,7 @@ KEPT = (
     "train.global_batch_size",
     "train.seed",
 )
-BEFORE = {"init.scheme": "arb2r", "init.stable_output": True}  # of runs that were begun before these settings were
+BEFORE = {"init.scheme": "arb2r", "init.stable_output": True, "lora.kind": "lora"}  # of runs from before these settings
 LAYERS = ("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern")
 # Where things lie, or what is measured: not worth a line when it changes.
 UNLOGGED = ("model.path", "data", *LAYERS, "output_dir", "resume", "init")

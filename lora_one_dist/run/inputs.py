@@ -35,7 +35,7 @@ from lora_one_dist.initialise import pairs
 from lora_one_dist.run import room
 from lora_one_dist.run.day import with_day
 from lora_one_dist.run.identity import identity, refuse_unlike_hosts
-from lora_one_dist.train import evaluate
+from lora_one_dist.train import adalora, evaluate
 
 LIMIT_LENGTH = "Set data.max_length to {} or less."
 
@@ -86,6 +86,7 @@ def read(config: Config) -> Inputs:
         _refuse_long_samples(config, plan, train, "training")
         _refuse_too_few(config, len(train))
         _refuse_long_warmup(config, len(train))
+        adalora.allocation_of(config.lora, plan.targets, total_steps(config.train, len(train)))
     held = _read_held(config, plan, tokenizer, rows)
     given = None
     if config.init.adapter is not None:

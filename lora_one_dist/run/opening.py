@@ -19,7 +19,8 @@ from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.disk import folders
 from lora_one_dist.run import checkpoint, metrics
-from lora_one_dist.run.inputs import Inputs
+from lora_one_dist.run.inputs import Inputs, total_steps
+from lora_one_dist.train.adalora import allocation_of
 
 
 def refuse_used_folder(root: Path, resume: str) -> None:
@@ -104,6 +105,12 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out), *map(_trained_table, read.tables)]:
         record.say(line)
+    allocation = allocation_of(config.lora, plan.targets, total_steps(config.train, len(read.train)))
+    if allocation is not None and config.train.max_steps != 0:
+        record.say(
+            f"adalora keeps {allocation.target} of {allocation.initial} triplets, pruned between steps "
+            f"{allocation.first} and {allocation.last}"
+        )
     form, damping = config.preconditioner
     how = "no preconditioner" if damping is None else f"preconditioner {form}, damping {damping:g}"
     record.say(f"{config.optim.name}, {how}")

@@ -27,11 +27,12 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Tabl
 
 def size_bytes(config: Config, trained: Sequence[Target | Table]) -> int:
     """Bytes of one checkpoint, but for some kB of text.  Pure."""
-    working, adamw = {"fp32": 4, "bf16": 2}[config.model.dtype], config.optim.name == "adamw"
-    states = 12 if adamw else 4
+    working, states = {"fp32": 4, "bf16": 2}[config.model.dtype], 12 if config.optim.name == "adamw" else 4
     tables = sum(one.size * (states + one.names * working) for one in trained if isinstance(one, Table))
     targets = [one for one in trained if isinstance(one, Target)]
+    averages = 8 if config.lora.kind == "adalora" else 0
     frozen = sum(one.pair for one in targets) if config.lora.kind == "lora_sb" else 0
     weights = 8 * sum(one.m * one.n for one in targets) if config.optim.moments_of_weights else 0
-    kept = (4 if weights else states) + (8 if config.changes_base else working)
+    exported = 8 if config.changes_base else 4 if averages else working
+    kept = (4 if weights else states) + averages + exported
     return tables + sum(one.adapter for one in targets) * kept + frozen * (4 + working) + weights

@@ -11,19 +11,21 @@ One step, all ranks together:
 2. reduce_scatter  the sum over ranks of each owner's part arrives at the owner, in a fixed order of adding
 3. clip            by the raw gradient's global norm: one number from each rank, with which others travel
 4. update          the owner preconditions and takes the step on its masters
+   AdaLoRA's also prunes: what it gathers for that is a number of each triplet (:mod:`adalora`)
 5. all_gather      the working copies (bf16 or fp32) go to every rank; the adapters are views of what arrives
 
 Bytes per rank, P adapter parameters: 4 P send buffer, w P working copies (w bytes each), and of the share P /
-world_size 4 received gradient, 4 masters, 8 moments (AdamW) and w for the send of step 5; step 2 takes 4 P / L for a
-moment on L ranks a host, and step 4 its result, 4 bytes per element of the largest block, with fp64 copies of at most
-24 CHUNK bytes or those of one layer.  Steps 2 and 5 go inside the host first (:mod:`hierarchy`): of H hosts each sends
-(4 P + w P) (H - 1) / H bytes a step to the others, whatever its number of ranks.
+world_size 4 received gradient, 4 masters, 8 moments (AdamW), 8 averages (AdaLoRA) and w for the send of step 5; step 2
+takes 4 P / L for a moment on L ranks a host, and step 4 its result, 4 bytes per element of the largest block, with fp64
+copies of at most 24 CHUNK bytes or those of one layer.  Steps 2 and 5 go inside the host first (:mod:`hierarchy`): of
+H hosts each sends (4 P + w P) (H - 1) / H bytes a step to the others, whatever its number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,9 +33,9 @@ import torch
 from lora_one_dist.adapters.lora import Adapter
 from lora_one_dist.adapters.tables import TrainedTable
 from lora_one_dist.cluster import comm, hierarchy
-from lora_one_dist.config.optim import OptimConfig
+from lora_one_dist.config.optim import PAIR_KINDS, OptimConfig
 from lora_one_dist.initialise import spectral
-from lora_one_dist.train import lora_pro
+from lora_one_dist.train import adalora, lora_pro
 from lora_one_dist.train.layout import Block, make_layout
 from lora_one_dist.train.precondition import damping_at, precondition
 from lora_one_dist.train.rows import RowShardedTables
@@ -76,11 +78,22 @@ class LayerShardedOptimizer:
     backward adds (:mod:`lora_one_dist.adapters.branch`), one of the flat fp32 send buffer.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], config: OptimConfig, tables: Sequence[TrainedTable] = ()):
-        self.config = config
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        config: OptimConfig,
+        tables: Sequence[TrainedTable] = (),
+        allocation: adalora.Allocation | None = None,
+    ):
+        """
+        Args:
+            allocation: of AdaLoRA's triplets.
+        """
+        self.config, self.allocation = config, allocation
         self.tables = RowShardedTables(tables, config)
         self.names = [adapter.target.name for adapter in adapters]
         first = adapters[0].A
+        self.preconditions = config.damping_in_force is not None and adapters[0].target.kind in PAIR_KINDS
         self.layout = make_layout([a.target for a in adapters], comm.world_size())
         size = self.layout.share * comm.world_size()
         self.working = torch.zeros(size, dtype=first.dtype, device=first.device)
@@ -101,6 +114,7 @@ class LayerShardedOptimizer:
         adamw = config.name == "adamw" and not config.moments_of_weights
         self.first = torch.zeros_like(self.masters) if adamw else None
         self.second = torch.zeros_like(self.masters) if adamw else None
+        self.averages = tuple(torch.zeros_like(self.masters) for _ in ("sensitivity", "uncertainty") if allocation)
         self.scalings = torch.tensor([a.target.scaling for a in adapters], dtype=torch.float64, device=first.device)
         self.pro: dict[int, lora_pro.Moments] = {}
         if config.moments_of_weights:
@@ -117,10 +131,15 @@ class LayerShardedOptimizer:
             carried: other numbers of this rank that all shall know.
 
         Returns:
-            Global norm of the raw gradient, not finite if any of it is not; and by rank what each carried.
+            Global norm of the raw gradient, with that of AdaLoRA's regulariser, not finite if any of it is not; and by
+            rank what each carried.
         """
         self.grads = hierarchy.reduce_scatter(self.send)
         self.send.zero_()
+        if self.allocation is not None:
+            weight = self.allocation.orthogonal / (2 * len(self.names))
+            for block in self._own_blocks():
+                adalora.add_orthogonal_gradient(block.split(self.masters), block.split(self.grads), weight)
         square = spectral.frobenius_norm(self.grads) ** 2 + self.tables.reduce()
         rows = comm.all_gather_rows([*carried, square])
         # The sum is exact: who owns what must not change the last bit.
@@ -154,6 +173,8 @@ class LayerShardedOptimizer:
             grads.mul_(clip)
         self.steps += 1
         self._update(grads, lr)
+        if self.allocation is not None:
+            self._prune(self.allocation, grads)
         self._share()
         self.tables.update(self.steps, lr, clip)
         for parameter in self.parameters.values():
@@ -183,18 +204,16 @@ class LayerShardedOptimizer:
             f"{self.names[i]}.weight.{kind}": tensor
             for block in self._own_blocks()
             if block.start in self.pro
-            for kind, stacked in (
-                ("exp_avg", self.pro[block.start].first),
-                ("exp_avg_sq", self.pro[block.start].second),
-            )
+            for kind, stacked in self.pro[block.start].kinds.items()
             for i, tensor in zip(block.targets, stacked, strict=True)
         }
         return found | of_weights | self.tables.state()
 
     def _kinds(self) -> list[tuple[str, torch.Tensor]]:
-        """What is kept of each parameter, by the names that torch's AdamW has for it."""
+        """What is kept of each parameter, by the names that torch's AdamW and PEFT's AdaLoRA have for it."""
         kinds = (("master", self.masters), ("exp_avg", self.first), ("exp_avg_sq", self.second))
-        return [(kind, flat) for kind, flat in kinds if flat is not None]
+        averages = zip(("exp_avg_ipt", "exp_avg_unc"), self.averages, strict=False)
+        return [*((kind, flat) for kind, flat in kinds if flat is not None), *averages]
 
     @torch.no_grad()
     def resume(self, steps: int) -> None:
@@ -214,7 +233,7 @@ class LayerShardedOptimizer:
         config = self.config
         for block in self._own_blocks():
             values, turned = block.split(self.masters), block.split(grads)
-            if config.damping_in_force is not None and "lora_A" in values:
+            if self.preconditions:
                 pair = self._turn(block, values, turned, damping_at(lr, config))
                 turned |= dict(zip(("lora_A", "lora_B"), pair, strict=True))
             for name, value in values.items():
@@ -224,6 +243,23 @@ class LayerShardedOptimizer:
                     continue
                 moments = block.split(self.first)[name], block.split(self.second)[name]
                 adamw_(value, turned[name], *moments, self.steps, rate, config.betas, config.eps, config.weight_decay)
+
+    def _prune(self, allocation: adalora.Allocation, grads: torch.Tensor) -> None:
+        """Set E of the triplets that go to 0.  From ``allocation.last`` on importances stay, and so do those that go.
+
+        Collective in the steps that prune.
+        """
+        if self.steps < allocation.last:
+            adalora.follow(self.masters, grads, *self.averages)
+        left = allocation.left(self.steps)
+        if left is None:
+            return
+        blocks = list(self._own_blocks())
+        found = [adalora.importance(*(block.split(average) for average in self.averages)) for block in blocks]
+        own = [value for scores in found for value in scores.flatten().tolist()]
+        most = adalora.threshold(chain(*comm.all_gather_object(own)), allocation.initial - left)
+        for block, scores in zip(blocks, found, strict=True):
+            block.split(self.masters)["lora_E"].masked_fill_(scores <= most, 0.0)
 
     def _turn(
         self, block: Block, values: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], damping: float

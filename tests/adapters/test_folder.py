@@ -57,6 +57,29 @@ def adapters(seed: int, dtype: torch.dtype = torch.float32) -> list[Adapter]:
     return [Adapter(t, *(nn.Parameter(value.to(dtype)) for value in values[t.name]), weight) for t in TARGETS]
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["some are pruned", "at the start"])
+def test_adalora_is_plain_lora_of_the_triplets_that_stay(begun, config, tmp_path):
+    kind = {"lora__kind": "adalora", "lora__use_rslora": False, "init__method": "lora", "optim__preconditioner": None}
+    described, diagonals = config(**kind), ([0.0, 0.5, 0.0, -2.0], [0.0] * R)
+    s = described.scaling
+    made = [
+        replace(
+            adapter,
+            target=replace(adapter.target, kind="adalora", scaling=s),
+            more={"lora_E": nn.Parameter(torch.tensor(E) * begun)},
+        )
+        for adapter, E in zip(adapters(0), diagonals, strict=True)
+    ]
+    export(tmp_path / "adapter", described, made, [adapter.target for adapter in made], None)
+    base = AutoModelForCausalLM.from_pretrained(described.model.path)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for adapter, count in zip(made, (2, 1) if begun else (R, R), strict=True):
+        layer = model.base_model.model.get_submodule(adapter.target.name)
+        assert layer.r["default"] == count
+        expected = s * adapter.B @ adapter.more["lora_E"].diag() @ adapter.A
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-5, atol=1e-6)
+
+
 def in_every_layer(r: int) -> list[Target]:
     """The targets of all layers of the model."""
     named = [(i, t, t.name.partition(".0.")[2]) for i in range(4) for t in TARGETS]

@@ -62,6 +62,9 @@ def problems(raw: dict[str, Any]) -> list[str]:
     return []
 
 
+ADALORA = {"lora__kind": "adalora", "lora__use_rslora": False, "init__method": "lora"}
+
+
 def write(raw: dict[str, Any], **policy: Any) -> dict[str, Any]:
     """The config with a ZeRO JSON of this content."""
     Path("policy.json").write_text(json.dumps(policy))
@@ -229,6 +232,13 @@ def test_scaling_divides_alpha_by_r_or_its_root(rslora, scaling, here):
     assert parse_config(valid(lora__r=9, lora__alpha=12, lora__use_rslora=rslora)).scaling == pytest.approx(scaling)
 
 
+def test_scaling_of_adalora_is_that_of_peft_and_two_thirds_stay_unless_given(here):
+    config = parse_config(valid(**ADALORA, lora__r=12, lora__alpha=32))
+    assert config.scaling == 32 / 12.00001
+    assert config.lora.target_r == 8
+    assert config.preconditioner == ("none", None)
+
+
 @pytest.mark.parametrize(("policy", "stage"), [({}, 0), ({"zero_optimization": {"stage": 3}}, 3)])
 def test_zero_stage_is_the_jsons(policy, stage, here):
     assert parse_config(write(valid(), **policy)).deepspeed.stage == stage
@@ -320,6 +330,7 @@ BOUNDS = [
         [{}, {"v_proj": 1}, {r"layers\.[01]\..*": 3}],
         [{"v_proj": 0}, {"(": 2}, {"v": 1.5}, ["v"], {"+": 1}],
     ),
+    ("lora.kind", ["dora"], ["vera"]),
     ("lora.alpha_pattern", [{}, {"v_proj": 1e-9}], [{"v_proj": 0}, {"(": 2}, {"v": "much"}]),
     ("init.num_samples", [1], [0]),
     ("init.gamma", [1e-9, None], [0, -1]),
@@ -514,6 +525,23 @@ RULES = [
         "is no regular expression (missing )",
     ),
     # rules over two groups
+    *[
+        (
+            {**ADALORA, **changes},
+            "lora.kind = adalora",
+            "divides alpha by r. Set init.method to lora and lora.use_rslora to false, and leave init.adapter out",
+        )
+        for changes in ({"init__method": "pissa"}, {"lora__use_rslora": True})
+    ],
+    ({**ADALORA, "lora__adalora_target_r": 8}, "lora.adalora_target_r = 8", "must be below lora.r = 8. Lower it or"),
+    ({**ADALORA, "lora__r": 1}, "lora.adalora_target_r = 1", "must be below lora.r = 1"),
+    (
+        {**ADALORA, "lora__adalora_warmup_steps": 4, "lora__adalora_final_steps": 6},
+        "lora.adalora_warmup_steps = 4, lora.adalora_final_steps = 6",
+        "must leave steps between them, train.max_steps is 10. Lower them",
+    ),
+    ({"lora__adalora_interval": 2}, "lora.adalora_interval = 2", "has no effect with lora.kind lora. Leave it out"),
+    ({**ADALORA, "optim__preconditioner": "none"}, "optim.preconditioner = none", "no effect with lora.kind adalora"),
     *[
         (
             {"optim__warmup_steps": steps, "optim__schedule": schedule},

@@ -200,6 +200,16 @@ def test_signs_do_not_depend_on_the_sign_of_the_sketch():
     assert relative(one.U[:, :8], other.U[:, :8]) <= TOLERANCE
 
 
+def test_gaussian_is_adalora():
+    A0, B0 = spectral.gaussian(400, 500, 8, seed=3)
+    assert A0.shape == (8, 500)
+    assert B0.shape == (400, 8)
+    for drawn in (A0, B0):
+        assert abs(float(drawn.mean())) < 1e-3
+        assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(A0, spectral.gaussian(400, 500, 8, seed=3)[0])
+
+
 def test_kaiming_is_lora():
     A0, B0 = spectral.kaiming(50, 400, 8, seed=3)
     assert not B0.any()

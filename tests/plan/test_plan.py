@@ -120,6 +120,18 @@ def test_shares_shrink_with_ranks_and_groups():
     assert memory(8, "init.halves=true")["gradient"]["owned"] == 2 * eight["gradient"]["owned"]
 
 
+def test_adalora_has_two_averages_of_each_element_beside_what_lora_has():
+    cluster, overrides = Cluster(1, 4), ("init.method=lora", "lora.use_rslora=false", "lora.r=12")
+    of = {}
+    for kind in ("lora", "adalora"):
+        config = settings("llama-2-7b", *overrides, f"lora.kind={kind}")
+        of[kind] = command.shape_of(config), memory_by_phase(command.shape_of(config), config, cluster)["step"]
+    (plain, before), (shape_now, now) = of["lora"], of["adalora"]
+    assert shape_now.adapter == plain.adapter + 12 * len(plain.targets), "E"
+    assert now["states"] == pytest.approx(1.5 * before["states"], rel=1e-3)
+    assert now["adapters"] == pytest.approx(before["adapters"], rel=1e-3)
+
+
 def test_layer_groups_cost_half_a_pass_each():
     found, cluster = shape("llama-2-7b"), Cluster(1, 8)
 

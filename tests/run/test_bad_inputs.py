@@ -377,6 +377,13 @@ DATA = {
         ["train.max_steps=null", "train.epochs=1", "optim.warmup_steps=5"],
         ["optim.warmup_steps = 5: the run has 5 steps", "Lower it"],
     ),
+    "no step to prune in": (
+        [
+            *("train.max_steps=null", "train.epochs=1", "lora.kind=adalora", "lora.use_rslora=false"),
+            *("init.method=lora", "lora.adalora_warmup_steps=2", "lora.adalora_final_steps=3"),
+        ],
+        ["lora.adalora_final_steps = 3: must leave steps between them, the run has 5 steps", "Lower them"],
+    ),
     "chat without template": (
         rows_are([{"messages": [ASKED, ANSWERED]}] * 9, *CHATS),
         ["data.format = chat: the tokenizer", "has no chat template", "Take the instruction-tuned"],

@@ -50,3 +50,13 @@ def test_the_host_that_differs_is_named_with_what_it_has(changes, message):
     with pytest.raises(HostsError) as caught:
         refuse_unlike_hosts({f"node{i}": SAME | (changes if i == 3 else {}) for i in range(1, 10)})
     assert str(caught.value).startswith(message)
+
+
+def run_of(**lora: str) -> dict:
+    return {"config": {"lora": lora}, "targets": [], "base": {}, "train_data": {}, "eval_data": None}
+
+
+@pytest.mark.parametrize("before", [run_of(), run_of(kind="lora")], ids=["of old", "of now"])
+def test_a_run_keeps_its_kind_of_adapter(before):
+    assert differences(before, run_of(kind="lora")) == ([], [])
+    assert differences(before, run_of(kind="adalora")) == (["lora.kind is adalora, was lora"], [])

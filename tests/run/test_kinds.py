@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from lora_one_dist.config.reading import parse_config
+from lora_one_dist.convert import export
 from lora_one_dist.data import batches
+from lora_one_dist.disk.lazy import ConversionError
 from tests import models, reference
 from tests.ranks import run_ranks
 from tests.run.test_resume import losses_of, train_until
@@ -27,18 +31,25 @@ KINDS = {
     "dora from lora_one": {"lora__kind": "dora"},
     "dora from pissa": {"lora__kind": "dora", "init__method": "pissa"},
     "lora_sb": {**SB, "lora__alpha": 4.0, "lora__use_rslora": False, "optim__lr": 2e-3},
+    "adalora": {
+        **{"lora__kind": "adalora", "lora__use_rslora": False, "lora__alpha": 64.0, "init__method": "lora"},
+        **{"lora__adalora_target_r": 2, "lora__adalora_warmup_steps": 4, "lora__adalora_final_steps": 5},
+        **{"lora__adalora_interval": 3, "lora__adalora_orthogonal": 4.0, "optim__lr": 1e-2, "optim__eps": 1e-4},
+        "optim__max_grad_norm": 0.1,  # below what the regulariser's gradient has to do with it
+    },
 }
 PRO = {
     "lora_pro": {"init__method": "lora_one_v1", "optim__lr": 1e-3},
     "lora_pro sgd": {"init__method": "lora_one_v1", "optim__name": "sgd", "optim__lr": 0.03},
 }
 KINDS |= {kind: {**changes, "optim__preconditioner": "lora_pro"} for kind, changes in PRO.items()}
+WITHOUT_PAIRS = ("lora_sb", "adalora")  # kinds that no preconditioner is for
 FIXED = {"train__max_steps": STEPS, "optim__weight_decay": 0.1, "optim__preconditioner": None}
 
 
 def settings_of(kind: str, base: Path, out: Path) -> dict:
     changes = {**FIXED, **KINDS[kind]}
-    if "dora" in kind:
+    if kind not in WITHOUT_PAIRS and kind not in PRO:
         changes["optim__preconditioner"] = "none"
     return settings(base, out, **changes)
 
@@ -46,6 +57,8 @@ def settings_of(kind: str, base: Path, out: Path) -> dict:
 def start_of(kind: str, folder: Path, model, s: float) -> dict[str, dict[str, torch.Tensor]]:
     """By layer what is trained and what is held beside it, from the run's initial adapter."""
     name_of, found = "base_model.model.{}.{}".format, {}
+    if kind == "adalora":
+        return start_of_adalora(folder.parent, model)
     file = load_file(folder / "adapter_model.safetensors")
     for key in (key for key in file if key.endswith("lora_A.weight")):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -65,14 +78,72 @@ def start_of(kind: str, folder: Path, model, s: float) -> dict[str, dict[str, to
     return found
 
 
+def start_of_adalora(run: Path, model) -> dict[str, dict[str, torch.Tensor]]:
+    """From the files of the first checkpoint: the initial adapter has ``B diag(E)``, which is 0."""
+    masters = {}
+    for path in (run / "checkpoints" / "step-0").glob("optimizer-*.safetensors"):
+        masters |= {key: value.double() for key, value in load_file(path).items() if key.endswith(".master")}
+    found = {}
+    for name in (key.removesuffix(".lora_E.master") for key in masters if "lora_E" in key):
+        found[name] = {side: masters[f"{name}.lora_{side}.master"] for side in "ABE"}
+        found[name]["W"] = model.get_submodule(name).weight.detach().double()
+    return found
+
+
 def weight_of(kind: str, held: dict[str, torch.Tensor], s: float) -> torch.Tensor:
     """A layer's weight with its adapter."""
     if kind == "lora_sb":
         return held["W"] + s * held["B"] @ held["R"] @ held["A"]
+    if kind == "adalora":
+        return held["W"] + s * held["B"] @ held["E"].diag() @ held["A"]
     whole = held["W"] + s * held["B"] @ held["A"]
     if "dora" in kind:
         return (held["m"] / whole.detach().norm(dim=1))[:, None] * whole
     return whole
+
+
+class Triplets:
+    """AdaLoRA's regulariser and pruning, as its paper and PEFT have them, one number after another."""
+
+    def __init__(self, layers: dict[str, dict[str, torch.Tensor]], lora):
+        self.layers, self.lora = layers, lora
+        self.average = {(name, key): 0.0 for name in layers for key in "ABE"}
+        self.spread = dict(self.average)
+        self.gone: set[tuple[str, int]] = set()
+        self.count = sum(len(held["E"]) for held in layers.values())
+
+    def regulariser(self) -> torch.Tensor:
+        grams = [held["A"] @ held["A"].T for held in self.layers.values()]
+        grams += [held["B"].T @ held["B"] for held in self.layers.values()]
+        off = [((gram - torch.eye(len(gram), dtype=torch.float64)) ** 2).sum().sqrt() for gram in grams]
+        return self.lora.adalora_orthogonal * sum(off) / len(off)
+
+    @torch.no_grad()
+    def prune(self, step: int) -> None:
+        """After the optimizer's step ``step``, counted from 1."""
+        last = STEPS - self.lora.adalora_final_steps
+        if step < last:
+            for name, key in self.average:
+                value = self.layers[name][key]
+                now = (value * value.grad).abs()
+                self.average[name, key] = 0.85 * self.average[name, key] + 0.15 * now
+                self.spread[name, key] = 0.85 * self.spread[name, key] + 0.15 * (now - self.average[name, key]).abs()
+        first, kept = self.lora.adalora_warmup_steps, self.lora.adalora_target_r * len(self.layers)
+        if step <= last and step > first and (step == last or step % self.lora.adalora_interval == 0):
+            left = int(kept + (self.count - kept) * (1 - (step - first) / (last - first)) ** 3)
+            self.gone = set(sorted(self.scores(), key=self.scores().get)[: self.count - left])
+        elif step <= last:
+            self.gone = set()
+        for name, i in self.gone:
+            self.layers[name]["E"][i] = 0.0
+
+    def scores(self) -> dict[tuple[str, int], float]:
+        found = {}
+        for name, held in self.layers.items():
+            A, B, E = (self.average[name, key] * self.spread[name, key] for key in "ABE")
+            for i in range(len(held["E"])):
+                found[name, i] = float(E[i] + A[i].mean() + B[:, i].mean())
+        return found
 
 
 def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> list[float]:
@@ -82,7 +153,9 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
     s, losses = config.scaling, []
     layers = start_of(kind, folder, model, s)
     moments: dict[str, list] = {}
-    trained = [t for held in layers.values() for key, t in held.items() if key in ("ABm" if kind != "lora_sb" else "R")]
+    which = {"lora_sb": "R", "adalora": "ABE"}.get(kind, "ABm")
+    trained = [t for held in layers.values() for key, t in held.items() if key in which]
+    triplets = Triplets(layers, config.lora) if kind == "adalora" else None
     optimizer = torch.optim.AdamW(
         [t.requires_grad_() for t in trained], eps=config.optim.eps, weight_decay=config.optim.weight_decay
     )
@@ -102,10 +175,12 @@ def losses_in_one_process(kind: str, base: Path, folder: Path, raw: dict) -> lis
             step_of_lora_pro(layers, grads, moments, config, step + 1, rate)
             continue
         optimizer.zero_grad()
-        loss.backward()
+        (loss + triplets.regulariser() if triplets else loss).backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
+        if triplets:
+            triplets.prune(step + 1)
     return losses
 
 
@@ -191,3 +266,68 @@ def test_begins_from_an_adapter_of_its_kind(runs, model_folder, tmp_path):
         started, last = tmp_path / "runs" / kind / "adapter_init", metrics(runs(2) / kind)[-1]["eval_loss"]
         # LoRA-SB's core comes from a QR of what was exported.
         assert peft_eval_loss(base, started, models.rows(21, seed=1), torch.float32) == pytest.approx(last, rel=1e-6)
+
+
+def test_adalora_goes_on_among_the_last_steps_with_the_triplets_that_were_left(runs, model_folder, tmp_path):
+    raw = settings_of("adalora", model_folder("llama"), tmp_path / "run" / "adalora")
+    assert run_ranks(2, train_each, [raw], 17) == [["stopped"]] * 2
+    run_ranks(1, train_each, [raw])
+    straight, went_on = runs(2) / "adalora", Path(raw["output_dir"])
+    assert largest_gap(losses_of(went_on), losses_of(straight)) <= TOLERANCE * losses_of(straight)[0]
+    ranks = [json.loads((out / "adapter" / "adapter_config.json").read_text()) for out in (straight, went_on)]
+    assert ranks[0]["rank_pattern"] == ranks[1]["rank_pattern"]
+    with pytest.raises(ConversionError, match="B is exported with E in it, its master is not"):
+        export.plan(went_on, masters=True)
+
+
+@pytest.mark.full
+def test_adalora_is_that_of_peft(runs, model_folder):
+    """And not that of this file's reference alone: PEFT's layers, regulariser and RankAllocator, in float64."""
+    base, out = model_folder("llama"), runs(2) / "adalora"
+    config = parse_config(settings_of("adalora", base, out))
+    lora = config.lora
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    start = start_of_adalora(out, model)
+    schedule = {"tinit": lora.adalora_warmup_steps, "tfinal": lora.adalora_final_steps, "total_step": STEPS}
+    described = AdaLoraConfig(
+        init_r=lora.r,
+        target_r=lora.adalora_target_r,
+        lora_alpha=lora.alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in start}),
+        deltaT=lora.adalora_interval,
+        orth_reg_weight=lora.adalora_orthogonal,
+        task_type="CAUSAL_LM",
+        **schedule,
+    )
+    peft = get_peft_model(model, described, autocast_adapter_dtype=False)
+    for name, held in start.items():
+        layer = peft.base_model.model.get_submodule(name)
+        for side in "ABE":
+            parameter = getattr(layer, f"lora_{side}")["default"]
+            parameter.data = held[side].reshape(parameter.shape).clone()
+    # PEFT 0.21 would train its divisor of alpha too where it moves an adapter to another type, here fp64.
+    trained = [p for name, p in peft.named_parameters() if p.requires_grad and "ranknum" not in name]
+    assert len(trained) == 3 * len(start)
+    optimizer = torch.optim.AdamW(trained, eps=config.optim.eps, weight_decay=config.optim.weight_decay)
+    samples, losses = samples_of(base, models.rows(100)), []
+    ids = torch.tensor([samples[0]["input_ids"]])
+    for step in range(STEPS):
+        chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
+        loss = reference.mean_loss(peft, [samples[i] for i in chosen])
+        # PEFT adds its regulariser to the loss that a model gives: of some ids, without that loss.
+        added = peft(input_ids=ids, labels=ids).loss - peft.base_model.model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        (loss + added).backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.optim.lr * (1 - step / STEPS)
+        optimizer.step()
+        peft.base_model.update_and_allocate(step + 1)
+        losses.append(float(loss.detach()))
+    gap = largest_gap(losses_of(out), losses)
+    print(f"losses {losses[0]:.4f} to {losses[-1]:.4f}, gap {gap:.1e}")
+    assert gap <= TOLERANCE * losses[0]
+    left = {name: int((peft.base_model.model.get_submodule(name).lora_E["default"] != 0).sum()) for name in start}
+    exported = load_file(out / "adapter" / "adapter_model.safetensors")
+    kept = {name: len(exported[f"base_model.model.{name}.lora_A.weight"]) for name in start}
+    assert kept == {name: max(1, count) for name, count in left.items()}
+    assert sum(left.values()) == lora.adalora_target_r * len(start)
