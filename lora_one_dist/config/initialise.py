@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ _BY_SVD = not_with("init.method", "lora")
 
 class InitConfig(Group):
     """How the adapters start."""
+
+    acts: ClassVar = (only_with("train.mode", "lora"),)
 
     method: Annotated[
         Literal["lora_one", "lora_one_v1", "lora_ga", "lora_sb", "pissa", "lora"],

@@ -40,8 +40,8 @@ from lora_one_dist.config.settings import CheckpointConfig, Config
 from lora_one_dist.disk import folders
 from lora_one_dist.initialise.pairs import Initialisation
 from lora_one_dist.run.identity import differences, differences_of_group
-from lora_one_dist.train.optim import LayerShardedOptimizer
-from lora_one_dist.train.rows import places
+from lora_one_dist.train.loop import Optimizer
+from lora_one_dist.train.rows import Places
 
 FORMAT = 1
 STATE = "state.json"
@@ -205,17 +205,18 @@ def _refuse_other_run(root: Path, own: Mapping[str, Any]) -> None:
         )
 
 
-def load_optimizer(folder: Path, optimizer: LayerShardedOptimizer, step: int) -> None:
+def load_optimizer(folder: Path, optimizer: Optimizer, step: int) -> None:
     """Fill this rank's masters and moments from the files of however many ranks, and go on from there.  Collective."""
     with comm.all_or_none("reading the checkpoint"):
         wanted = optimizer.state()
+        places = Places(wanted)
         lacking = {name: place.numel() for name, place in wanted.items()}
         for name in sorted(folders.read_manifest(folder)):
             if not name.startswith("optimizer-"):
                 continue
             with safe_open(folder / name, framework="pt") as reader:
                 for saved in reader.keys():  # noqa: SIM118
-                    for key, place, rows in places(saved, wanted):
+                    for key, place, rows in places.of(saved):
                         value = reader.get_slice(saved)[rows]
                         assert value.shape == place.shape, f"{key}: {tuple(value.shape)}, must be {tuple(place.shape)}"
                         place.copy_(value)
@@ -280,13 +281,11 @@ class Store:
                 f"{path} is damaged. Remove it: the best checkpoint so far is then forgotten."
             ) from error
 
-    def save(
-        self, step: int, adapter: Mapping[str, bytes], optimizer: LayerShardedOptimizer, state: Mapping[str, Any]
-    ) -> int:
+    def save(self, step: int, export: Mapping[str, bytes], optimizer: Optimizer, state: Mapping[str, Any]) -> int:
         """Write ``step-N`` and remove what is no longer kept.  Returns its bytes.  Collective.
 
         Args:
-            adapter: files of the PEFT folder, on rank 0 alone.
+            export: this rank's files of ``adapter/`` (rank 0 has all) or ``model/``, by path in the checkpoint.
             state: what else ``state.json`` shall hold.
 
         Raises:
@@ -294,8 +293,8 @@ class Store:
         """
         rank, world_size = comm.rank(), comm.world_size()
         own = {f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": encode_tensors(optimizer.state())}
+        own |= export
         if rank == 0:
-            own |= {f"adapter/{name}": content for name, content in adapter.items()}
             whole = {"format": FORMAT, "step": step, **state, "world_size": world_size, "identity": self.identity}
             own[STATE] = (json.dumps(whole, indent=1) + "\n").encode()
         size = folders.write(self.root / f"step-{step}", own, self.settings.timeout_seconds)

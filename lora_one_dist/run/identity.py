@@ -38,6 +38,7 @@ KEPT = (
     "init.gamma",
     "optim.name",
     "optim.preconditioner",
+    "train.mode",
     "train.global_batch_size",
     "train.seed",
 )
@@ -73,6 +74,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     """What differs between two runs' identities: what makes them two, and what may change within one.  Pure."""
     refused, changed = [], []
     was, is_ = flatten(before["config"]), flatten(now["config"])
+    was.setdefault("train.mode", "lora")  # of runs that knew no other
     for key in sorted(was.keys() | is_.keys()):
         old, new = was.get(key), is_.get(key)
         if old == new:

@@ -18,8 +18,8 @@ from lora_one_dist.base import loading
 from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
-from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training
-from lora_one_dist.run.saving import Saving
+from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training, whole
+from lora_one_dist.run.saving import Saving, Trained, TrainedModel
 from lora_one_dist.run.stopping import stop_if_asked
 from lora_one_dist.train.evaluate import evaluate
 from lora_one_dist.train.loop import GlobalBatches
@@ -72,18 +72,22 @@ def _from_load_to_summary(
     phases = metrics.Phases()
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
-        base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size, progress)
+        size, is_full = config.train.micro_batch_size, config.train.mode == "full"
+        base = loading.load(config.model, config.deepspeed, read.plan, size, progress, trained=is_full)
         beside = Beside(put_tables(base, read.tables), read.tokenizer_files, task_type(read.plan.skeleton))
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
 
     fitted.recompute(base, config.model, "gradient")
+    trained: Trained | TrainedModel
     if found is None:
-        trained = beginning.begin(config, read, base, beside, record, store, phases, held_answers)
+        begin = whole.begin if is_full else beginning.begin
+        trained = begin(config, read, base, beside, record, store, phases, held_answers)
     else:
+        go_on = whole.go_on if is_full else beginning.go_on
         with phases("resume"):
-            trained = beginning.go_on(config, read, base, beside, record, found, held_answers)
+            trained = go_on(config, read, base, beside, record, found, held_answers)
     saving = Saving(config, record, store, trained, read.plan.targets, len(read.train))
     if found is None:
         with phases("save step 0"):
@@ -115,12 +119,13 @@ def _conclude(config: Config, record: metrics.RunFolder, summary: dict[str, Any]
     compared = [
         (names[key], summary["before"].get(key), summary["after"].get(key)) for key in names if key in summary["after"]
     ]
-    title = f"{config.init.adapter or config.init.method}, r {config.lora.r}, {comm.world_size()} ranks"
+    what = f"{config.init.adapter or config.init.method}, r {config.lora.r}"
+    title = f"{'all weights' if config.train.mode == 'full' else what}, {comm.world_size()} ranks"
     record.say(metrics.final_table(title, compared, summary["phases"]))
     written = {"report": "init_report.png", "TensorBoard log": "tensorboard"}
     written["initial adapter"] = "adapter_init"
     if config.train.max_steps != 0:
-        written["adapter"] = "adapter"
+        written |= {"adapter": "adapter", "model": "model"}
     record.say("")
     for what, name in reversed(written.items()):
         if (record.root / name).exists():
