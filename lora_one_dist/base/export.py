@@ -2,23 +2,26 @@
 
 In: a base, whole on each rank or partitioned, and the folder that it was loaded from.  Out: each rank's files, which
 together are the folder.  A rank writes whole tensors, as many bytes as the others; beside these one tensor at a time is
-whole on it: ``e P / R`` bytes of host memory, twice while they are encoded, and e times the largest tensor.
+whole on it: ``e P / R`` bytes of host memory, and e times the largest tensor.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as encode_tensors
 
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.base.sources import renamed
 from lora_one_dist.cluster import comm, ownership
 from lora_one_dist.config.settings import ModelConfig
+from lora_one_dist.disk import lazy
+from lora_one_dist.disk.folders import Content
 from lora_one_dist.disk.weights import beside_weights
 
 NAMES = {"bf16": "bfloat16", "fp32": "float32"}  # of types, in config.json
@@ -49,7 +52,7 @@ def beside(folder: Path, dtype: str) -> dict[str, bytes]:
     return {**found, "config.json": (json.dumps(described, indent=2) + "\n").encode()}
 
 
-def encode(base: Base, beside: dict[str, bytes]) -> dict[str, bytes]:
+def encode(base: Base, beside: Mapping[str, bytes]) -> dict[str, Content]:
     """This rank's files of the folder, by name, with the weights as they are now.  Collective.
 
     Args:
@@ -66,7 +69,9 @@ def encode(base: Base, beside: dict[str, bytes]) -> dict[str, bytes]:
         with base.gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
             if owner == comm.rank():
                 own[name] = tensor.detach().cpu().contiguous()  # keeps what was gathered
-    found = {files[comm.rank()]: encode_tensors(own, {"format": "pt"})} if own else {}
+    found: dict[str, Content] = {}
+    if own:
+        found[files[comm.rank()]] = partial(lazy.pieces, lazy.held(own))
     if comm.rank() != 0:
         return found
     if len(writers) > 1:

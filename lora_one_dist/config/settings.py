@@ -137,9 +137,6 @@ class DataConfig(Group):
 class TrainConfig(Group):
     """The loop."""
 
-    mode: Literal["lora", "full"] = "lora"
-    """What is trained. lora: adapters beside a frozen base; full: every weight of the model, under ZeRO-3 or stage 0,
-    by the same loop; lora.* and init.* then have no effect. What it leaves is `model/` in place of `adapter/`."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training data, above 0; give this or max_steps."""
     max_steps: Annotated[int | None, InsteadOf("train.epochs")] = Field(None, ge=0)
@@ -175,6 +172,9 @@ class TrainConfig(Group):
     """Tokens to generate for an exact match, at least 1."""
     seed: int = Field(0, ge=0)
     """Seed of the data order, the SVDs, the Kaiming initialisation and dropout."""
+    mode: Literal["lora", "full"] = "lora"
+    """What is trained. lora: adapters beside a frozen base; full: every weight of the model, under ZeRO-3 or stage 0,
+    by the same loop; lora.* and init.* then have no effect. What it leaves is `model/` in place of `adapter/`."""
 
 
 class DeepSpeedConfig(Group):

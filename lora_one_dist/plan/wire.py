@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_one_dist.cluster import ownership
@@ -110,7 +110,10 @@ def _step_of_all(shape: Shape, config: Config, cluster: Cluster) -> Wire:
     reduce = Wire(inside * 4 * shape.parameters, between * 4 * shape.parameters)
     if ranks_a_copy(config, cluster) == 1:
         return reduce * passes + Wire(inside * e * shape.parameters, between * e * shape.parameters)
-    return (reduce + _base_gathers(shape, config, cluster, gathers_a_pass(shape, config.deepspeed.zero))) * passes
+    looked_up_again = replace(shape, lookup_only=0)  # in backward, which the embedding has here
+    gathers = _base_gathers(shape, config, cluster, gathers_a_pass(looked_up_again, config.deepspeed.zero))
+    persistent = ring(e * shape.persistent, range(cluster.ranks), each)  # once a step: they have changed
+    return (reduce + gathers) * passes + persistent
 
 
 def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:

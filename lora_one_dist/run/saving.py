@@ -9,7 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from safetensors.torch import save as encode_tensors
 
 from lora_one_dist.adapters import folder as adapter_files
 from lora_one_dist.adapters.lora import Adapter
@@ -19,7 +22,7 @@ from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
-from lora_one_dist.disk import folders
+from lora_one_dist.disk import folders, lazy
 from lora_one_dist.initialise.pairs import Pairs
 from lora_one_dist.run import metrics
 from lora_one_dist.run.checkpoint import Store
@@ -57,12 +60,16 @@ class Trained:
     before: dict[str, float]
     """Evaluation of the base alone."""
 
-    def files(self, saving: Saving) -> dict[str, bytes]:
+    def files(self, saving: Saving) -> dict[str, folders.Content]:
         """What of a checkpoint is the adapter, on the rank that writes.  Not collective."""
         if not saving.record.writes:
             return {}
         found = adapter_files.encode(saving.config, self.adapters, saving.targets, self.initial, self.beside)
         return {f"adapter/{name}": content for name, content in found.items()}
+
+    def states(self) -> folders.Content:
+        """Masters and moments of this rank, as a file."""
+        return encode_tensors(self.optimizer.state())
 
     def write(self, saving: Saving, also: Callable[[], None]) -> None:
         """The adapter alone, in place of an older one, and what is written ``also``.  Collective."""
@@ -87,14 +94,18 @@ class TrainedModel:
     before: dict[str, float]
     """Evaluation of the base before."""
 
-    def files(self, saving: Saving) -> dict[str, bytes]:
+    def files(self, saving: Saving) -> dict[str, folders.Content]:
         """What of a checkpoint is the model, of which each rank has a part.  Collective."""
-        found = export.encode(self.base, dict(self.beside))
+        found = export.encode(self.base, self.beside)
         return {f"model/{name}": content for name, content in found.items()}
+
+    def states(self) -> folders.Content:
+        """Masters and moments of this rank, as a file: as many bytes as the whole job's other things, so in pieces."""
+        return partial(lazy.pieces, lazy.held(self.optimizer.state()))
 
     def write(self, saving: Saving, also: Callable[[], None]) -> None:
         """The model alone, in place of an older one, and what is written ``also``.  Collective."""
-        own, seconds = export.encode(self.base, dict(self.beside)), saving.config.checkpoint.timeout_seconds
+        own, seconds = export.encode(self.base, self.beside), saving.config.checkpoint.timeout_seconds
         folder = saving.record.root / "model"
 
         def make_room() -> None:
@@ -140,7 +151,7 @@ class Saving:
         state["metrics_bytes"] = self.record.size_bytes()
 
         def write() -> None:
-            size = self.store.save(step, files, self.trained.optimizer, state)
+            size = self.store.save(step, files, self.trained.states(), state)
             seconds = time.monotonic() - began
             self.record.say(f"checkpoint step-{step} saved: {size / metrics.MIB:.1f} MiB in {seconds:.2f} s")
 

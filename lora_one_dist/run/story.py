@@ -6,6 +6,7 @@ In: a :class:`Config`, on every rank of a launched job.  Out: the run folder.  E
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from datasets import disable_progress_bars
 
 from lora_one_dist.adapters.folder import Beside
-from lora_one_dist.adapters.tables import put_tables
+from lora_one_dist.adapters.tables import TrainedTable, put_tables
 from lora_one_dist.base import loading
+from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
@@ -72,22 +74,15 @@ def _from_load_to_summary(
     phases = metrics.Phases()
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
-        size, is_full = config.train.micro_batch_size, config.train.mode == "full"
-        base = loading.load(config.model, config.deepspeed, read.plan, size, progress, trained=is_full)
-        beside = Beside(put_tables(base, read.tables), read.tokenizer_files, task_type(read.plan.skeleton))
+        size, full = config.train.micro_batch_size, config.train.mode == "full"
+        base = loading.load(config.model, config.deepspeed, read.plan, size, progress, trained=full)
+        tables = put_tables(base, read.tables)
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
 
     fitted.recompute(base, config.model, "gradient")
-    trained: Trained | TrainedModel
-    if found is None:
-        begin = whole.begin if is_full else beginning.begin
-        trained = begin(config, read, base, beside, record, store, phases, held_answers)
-    else:
-        go_on = whole.go_on if is_full else beginning.go_on
-        with phases("resume"):
-            trained = go_on(config, read, base, beside, record, found, held_answers)
+    trained = _start(config, read, base, tables, record, store, found, phases, held_answers)
     saving = Saving(config, record, store, trained, read.plan.targets, len(read.train))
     if found is None:
         with phases("save step 0"):
@@ -112,6 +107,30 @@ def _from_load_to_summary(
     saving.write_results(summary)
     _conclude(config, record, summary)
     return summary
+
+
+def _start(
+    config: Config,
+    read: inputs.Inputs,
+    base: Base,
+    tables: list[TrainedTable],
+    record: metrics.RunFolder,
+    store: checkpoint.Store,
+    found: checkpoint.Found | None,
+    phases: metrics.Phases,
+    evaluate: Callable[[], dict[str, float]],
+) -> Trained | TrainedModel:
+    """What is trained, at its first step or at that of ``found``."""
+    if config.train.mode == "full":
+        if found is None:
+            return whole.begin(config, read, base, record, phases, evaluate)
+        with phases("resume"):
+            return whole.go_on(config, read, base, record, found)
+    beside = Beside(tables, read.tokenizer_files, task_type(read.plan.skeleton))
+    if found is None:
+        return beginning.begin(config, read, base, beside, record, store, phases, evaluate)
+    with phases("resume"):
+        return beginning.go_on(config, read, base, beside, record, found, evaluate)
 
 
 def _conclude(config: Config, record: metrics.RunFolder, summary: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ In: a loaded base.  Out: :class:`~lora_one_dist.run.saving.TrainedModel`.  Runs 
 
 from __future__ import annotations
 
-from typing import Any
-
 from lora_one_dist.base import export
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.cluster import comm
@@ -23,9 +21,7 @@ def begin(
     config: Config,
     read: Inputs,
     base: Base,
-    beside: Any,
     record: metrics.RunFolder,
-    store: checkpoint.Store,
     phases: metrics.Phases,
     evaluate: Evaluation,
 ) -> TrainedModel:
@@ -41,10 +37,8 @@ def go_on(
     config: Config,
     read: Inputs,
     base: Base,
-    beside: Any,
     record: metrics.RunFolder,
     found: checkpoint.Found,
-    evaluate: Evaluation,
 ) -> TrainedModel:
     """Weights and optimizer as a checkpoint has them.  Collective.
 
