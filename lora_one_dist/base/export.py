@@ -18,6 +18,7 @@ import torch
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.skeleton import ModelError
 from lora_one_dist.base.sources import renamed
+from lora_one_dist.base.targets import refuse_experts
 from lora_one_dist.cluster import comm, ownership
 from lora_one_dist.config.settings import ModelConfig
 from lora_one_dist.disk import lazy
@@ -27,8 +28,9 @@ from lora_one_dist.disk.weights import beside_weights
 NAMES = {"bf16": "bfloat16", "fp32": "float32"}  # of types, in config.json
 
 
-def refuse_unwritable(skeleton: Any, config: ModelConfig) -> None:
-    """Raise ModelError for a model whose weights, once trained, could not be written as one of its kind.  Pure."""
+def refuse_untrainable(skeleton: Any, config: ModelConfig) -> None:
+    """Raise ModelError for a model of which not all can be trained, or be written as one of its kind.  Pure."""
+    refuse_experts(skeleton)
     fault = None
     if skeleton.towers_dropped:
         fault = f"{skeleton.towers_dropped[0].rstrip('.')} is left out of what is trained, so the model would lack it"

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from lora_one_dist.base import loading
-from lora_one_dist.base.export import refuse_unwritable
+from lora_one_dist.base.export import refuse_untrainable
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.tables import plan_tables
@@ -108,7 +108,7 @@ def shape_of(settings: Config) -> Shape:
     refuse_settings(skeleton, settings)
     threshold = settings.deepspeed.persistence_threshold
     if settings.train.mode == "full":
-        refuse_unwritable(skeleton, settings.model)
+        refuse_untrainable(skeleton, settings.model)
         return shapes.shape_of(skeleton, [], threshold)
     needed = pairs.singular_vectors_needed(settings.init.method, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)

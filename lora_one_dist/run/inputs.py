@@ -16,7 +16,7 @@ from typing import Any
 from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.blocks import has_encoder
-from lora_one_dist.base.export import refuse_unwritable
+from lora_one_dist.base.export import refuse_untrainable
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
 from lora_one_dist.base.rope import refuse_beyond
@@ -101,7 +101,7 @@ def _plan(config: Config, folder: Path) -> loading.Plan:
     """Of the model; with targets, or such that all of it can be trained and written."""
     if config.train.mode == "full":
         plan = loading.plan(folder, config.model, None, 0)
-        refuse_unwritable(plan.skeleton, config.model)
+        refuse_untrainable(plan.skeleton, config.model)
     else:
         needed = pairs.singular_vectors_needed(config.init.method, config.lora.r) if not config.init.adapter else 0
         plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)

@@ -24,7 +24,8 @@ def refuse_full_disk(root: Path, config: Config, targets: Sequence[Target | Tabl
     more = 1 if checkpoint.saved_steps(root / "checkpoints") else ROOM
     full = config.train.mode == "full"
     size = size_of_full(config, parameters) if full else size_bytes(config, targets)
-    needed, free = more * size, shutil.disk_usage(checkpoint.existing(root)).free
+    result = parameters * BYTES[config.model.dtype] if full else 0  # the model once more, at the end
+    needed, free = more * size + result, shutil.disk_usage(checkpoint.existing(root)).free
     if needed > free:
         raise checkpoint.CheckpointError(
             f"output_dir = {root}: {free / 2**20:.1f} MiB are free, {ROOM} checkpoints must fit: {more} more take "

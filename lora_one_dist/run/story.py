@@ -84,7 +84,7 @@ def _from_load_to_summary(
     fitted.recompute(base, config.model, "gradient")
     trained = _start(config, read, base, tables, record, store, found, phases, held_answers)
     saving = Saving(config, record, store, trained, read.plan.targets, len(read.train))
-    if found is None:
+    if found is None and not full:  # the weights as they came are no work to lose
         with phases("save step 0"):
             saved = saving.save(0, evaluated=False)
         stop_if_asked(record, saved)
