@@ -151,7 +151,7 @@ def finished(base, tmp_path_factory):
     """A run of four steps on two ranks, which keeps the checkpoints of 0, 2 and 4."""
     out = tmp_path_factory.mktemp("finished") / "run"
     run_ranks(2, train, four_steps(base, out))
-    assert checkpoint._steps(out / "checkpoints") == ["step-4", "step-2", "step-0"]
+    assert checkpoint.saved_steps(out / "checkpoints") == ["step-4", "step-2", "step-0"]
     return out
 
 
