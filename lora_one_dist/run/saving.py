@@ -109,8 +109,10 @@ class TrainedModel:
         folder = saving.record.root / "model"
 
         def make_room() -> None:
-            if comm.rank() == 0 and folder.exists():
-                folders.remove(folder)
+            if comm.rank() == 0:
+                folders.clear(saving.record.root)  # of a write that was killed, at another number of ranks
+                if folder.exists():
+                    folders.remove(folder)
 
         folders.on_all("removing an older model", make_room, seconds)
         folders.write(folder, own, seconds)

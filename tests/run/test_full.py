@@ -18,7 +18,7 @@ from tests import models, reference
 from tests.kill_harness import Point, job
 from tests.ranks import run_commands, run_ranks
 from tests.run.test_kinds import train_each
-from tests.run.test_resume import losses_of
+from tests.run.test_resume import losses_of, rare_data, train_with_a_fault
 from tests.run.test_tables import bytes_of, largest_gap, resumed_from, samples_of
 from tests.runs import metrics, refused, settings
 from tools.bench import harness, phases
@@ -186,6 +186,19 @@ def test_bf16_keeps_fp32_masters_and_an_encoder_is_trained_too(model_folder, tmp
     assert exported_loss(half / "model", torch.bfloat16) == pytest.approx(last, rel=2**-7)  # a product rounds to 2^-9
     assert last < metrics(half)[0]["eval_loss"] - 0.05
     assert metrics(two)[-1]["eval_loss"] < metrics(two)[0]["eval_loss"] - 0.05
+
+
+@full
+def test_step_that_is_not_finite_is_explained_on_all_ranks(model_folder, tmp_path):
+    """Every rank holds a part of each gradient; those whose own samples are at fault are named alone."""
+    raw = settings_of(model_folder("llama"), tmp_path / "data" / "run", data__eval=None, train__global_batch_size=12)
+    raw["data"]["train"], raw["train"]["micro_batch_size"] = str(rare_data(tmp_path, 8)), 1
+    messages = run_ranks(2, train_with_a_fault, {**raw, "checkpoint": {"steps": 2}}, "embedding")
+    assert messages[0] == messages[1]
+    for text in ("the loss of step 4 is nan", "embed_tokens for the samples at ", "The newest checkpoint is step-2."):
+        assert text in messages[0]
+    assert messages[0].count("rare.jsonl, line ") == 1
+    assert "rare.jsonl, line 8" in messages[0]
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
