@@ -100,7 +100,7 @@ class TrainedModel:
         return {f"model/{name}": content for name, content in found.items()}
 
     def states(self) -> folders.Content:
-        """Masters and moments of this rank, as a file: as many bytes as the whole job's other things, so in pieces."""
+        """Masters and moments of this rank, as a file, in pieces: they are up to six times the weights."""
         return partial(lazy.pieces, lazy.held(self.optimizer.state()))
 
     def write(self, saving: Saving, also: Callable[[], None]) -> None:
