@@ -16,7 +16,7 @@ from torch import nn
 from lora_one_dist.base import sharding
 from lora_one_dist.base.files import refuse_missing, refuse_unfit, weight_files
 from lora_one_dist.base.graph import begin_at_embeddings
-from lora_one_dist.base.products import freeze_products
+from lora_one_dist.base.products import freeze_products, train_products
 from lora_one_dist.base.recompute import blocks_asked, most_blocks, recompute_blocks
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import DTYPES, ModelError, attention, build_skeleton, fp8_block
@@ -46,11 +46,14 @@ class Plan:
     """Linear layers that all-linear leaves out besides the head: why, by name."""
 
 
-def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int, changes_base: bool = False) -> Plan:
+def plan(
+    folder: Path, config: ModelConfig, lora: LoraConfig | None, rank_needed: int, changes_base: bool = False
+) -> Plan:
     """Read config.json and the tensor names, and refuse what cannot work.  Reads no weights.  Not collective.
 
     Args:
         folder: from :func:`local_folder`.
+        lora: None: there are no targets, every weight is trained.
         rank_needed: singular vectors that the initialisation takes from each target.
         changes_base: does it change the weights of targets?
 
@@ -58,7 +61,7 @@ def plan(folder: Path, config: ModelConfig, lora: LoraConfig, rank_needed: int, 
         ModelError: naming value, rule and remedy.
     """
     skeleton = build_skeleton(config, folder)
-    targets, left_out = choose(skeleton, lora, rank_needed, changes_base)
+    targets, left_out = choose(skeleton, lora, rank_needed, changes_base) if lora is not None else ([], {})
     unchecked = rehearse(skeleton, config)
     files, block = weight_files(folder, config.allow_pickle), fp8_block(folder, config.path)
     blocks_asked(config.recompute, most_blocks(skeleton))
@@ -103,10 +106,12 @@ def load(
     planned: Plan,
     micro_batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trained: bool = False,
 ) -> sharding.Base:
-    """Load the frozen base: by slices, or where that cannot be by ``from_pretrained``.  Collective.
+    """Load the base: by slices, or where that cannot be by ``from_pretrained``.  Collective.
 
     Args:
+        trained: are its weights trained?  Else they are frozen.
         progress: told how many tensors of how many are done.
     """
     ds_config = None
@@ -119,7 +124,10 @@ def load(
     else:
         base = sharding.load_pretrained(lambda: _from_pretrained(config, planned, ds_config is None), ds_config)
     base.module.config.use_cache = False
-    freeze_products(base.module)
+    if trained:
+        train_products(base.module)
+    else:
+        freeze_products(base.module)
     count = blocks_asked(config.recompute, most_blocks(base.module))
     recompute_blocks(base.module, count, reentrant=config.checkpointing == "reentrant")
     begin_at_embeddings(base.module)

@@ -1,4 +1,4 @@
-"""Products around a frozen weight: the layer's own, which saves nothing, and the gradient of a weight.  Pure."""
+"""Products around a weight: a frozen layer's, which saves nothing, a trained one's, and a weight's gradient.  Pure."""
 
 from __future__ import annotations
 
@@ -52,6 +52,58 @@ class FrozenConv1D(Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenConv1DProduct.apply(x, self)
+
+
+class _TrainedProduct(torch.autograd.Function):
+    """A trained layer's ``X W^T + bias`` that saves X alone: backward takes W from the layer.
+
+    Autograd's own saves a view of W, which would keep the whole of what ZeRO-3 has gathered until backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer_input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module
+    ) -> torch.Tensor:
+        ctx.layer, ctx.transposed = layer, isinstance(layer, Conv1D)
+        ctx.save_for_backward(layer_input)
+        return nn.functional.linear(layer_input, weight.T if ctx.transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dX = dW = bias = None
+        dY, X = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output[0], *ctx.saved_tensors))
+        weight = ctx.layer.weight
+        if ctx.needs_input_grad[0]:
+            dX = grad_output[0] @ (weight.T if ctx.transposed else weight)
+        if ctx.needs_input_grad[1]:
+            dW = X.T @ dY if ctx.transposed else dY.T @ X
+        if ctx.needs_input_grad[2]:
+            bias = dY.sum(0)
+        return dX, dW, bias, None
+
+
+class TrainedLinear(nn.Linear):
+    """A trained layer whose product keeps its input for backward, and no weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _TrainedProduct.apply(input, self.weight, self.bias, self)
+
+
+class TrainedConv1D(Conv1D):
+    """A trained Conv1D whose product keeps its input for backward, and no weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _TrainedProduct.apply(x, self.weight, self.bias, self)
+
+
+def train_products(model: nn.Module) -> None:
+    """Let all weights be trained, and the products of linear layers keep none of them.  Pure."""
+    model.requires_grad_(True)
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = TrainedLinear
+        elif type(layer) is Conv1D:
+            layer.__class__ = TrainedConv1D
 
 
 def freeze_products(model: nn.Module) -> None:

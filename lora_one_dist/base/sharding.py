@@ -250,7 +250,7 @@ def with_fetch_sizes(zero: Mapping[str, Any], largest_block: int) -> dict[str, A
     }
 
 
-def _own_range(param: Any) -> tuple[torch.Tensor, int]:
+def own_range(param: Any) -> tuple[torch.Tensor, int]:
     """The flat elements that this rank holds of a parameter, without padding, and the index of the first."""
     if not hasattr(param, "ds_tensor"):
         return param.data.view(-1), 0
@@ -274,7 +274,7 @@ def _slabs(start: int, stop: int, row: int, element_size: int) -> Iterator[tuple
 
 def _read_own(param: Any, parts: Sequence[Part], files: Mapping[Path, BinaryIO]) -> None:
     """Fill what this rank holds of a parameter: its own bytes of the files and no others, a slab at a time."""
-    own, start = _own_range(param)
+    own, start = own_range(param)
     for part in parts:
         first, last = max(start, part.at), min(start + own.numel(), part.at + part.count)
         if first < last:
@@ -329,7 +329,7 @@ def add_low_rank(weight: Any, B: torch.Tensor, A: torch.Tensor, scale: float) ->
     Returns:
         sum of squares of ``W_rounded - (W + scale B A)`` over the elements that this rank holds.
     """
-    own, start = _own_range(weight)
+    own, start = own_range(weight)
     squared_error = _add_rows(own, start, B, A, scale)
     gathered = hasattr(weight, "ds_tensor") and weight.ds_status == ZeroParamStatus.AVAILABLE
     if gathered and weight.data_ptr() != own.data_ptr():  # on one rank DeepSpeed "gathers" by making a view
@@ -351,7 +351,7 @@ def _add_rows(flat: torch.Tensor, start: int, B: torch.Tensor, A: torch.Tensor, 
 
 def mean_row(base: Base, weight: Any, count: int, width: int) -> torch.Tensor:
     """Mean of the first ``count`` rows of a table (rows, width), fp64, each rank adding what it holds.  Collective."""
-    own, start = _own_range(weight)
+    own, start = own_range(weight)
     total = torch.zeros(width, dtype=torch.float64)
     for top, bottom, first, last in _slabs(start, min(start + own.numel(), count * width), width, MEAN_ELEMENT):
         rows = torch.zeros((bottom - top) * width, dtype=torch.float64)
@@ -369,7 +369,7 @@ def row_norms(base: Base, weight: Any, B: torch.Tensor, A: torch.Tensor, transpo
     left, right = (A.T.float(), B.T.float()) if transposed else (B.float(), A.float())
     rows, columns = left.shape[0], right.shape[1]
     total = torch.zeros(columns if transposed else rows, dtype=torch.float64)
-    own, start = _own_range(weight)
+    own, start = own_range(weight)
     for top, bottom, first, last in _slabs(start, start + own.numel(), columns, MEAN_ELEMENT):
         slab = torch.zeros((bottom - top) * columns, dtype=torch.float64, device=own.device)
         inside = slice(first - top * columns, last - top * columns)

@@ -91,6 +91,16 @@ def find_sources(files: Sequence[Path], model: Any, block: Sequence[int] | None 
     return Sources({name: made[name].parts for name in wanted}, ignored)
 
 
+def renamed(model: Any) -> list[str]:
+    """Names of the model's own tensors that ``from_pretrained`` takes for others, where a file has them."""
+    state = model.state_dict(keep_vars=True)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    read = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in state}
+    return [name for name, (target, pattern) in read.items() if target != name or pattern is not None]
+
+
 def _meetings(
     found: Mapping[str, TensorSource], model: Any, state: dict[str, Any]
 ) -> tuple[dict[str, _Meeting], list[str]]:

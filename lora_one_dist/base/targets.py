@@ -99,7 +99,7 @@ def choose(
     """
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
-    _refuse_experts(model)
+    refuse_experts(model)
     _refuse_idle_exclusions(linear, lora)
     if lora.target_modules == "all-linear":
         head = model.get_output_embeddings()
@@ -280,7 +280,7 @@ def _shared(modules: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _refuse_experts(model: Any) -> None:
+def refuse_experts(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2 and "expert" in name:
             raise ModelError(

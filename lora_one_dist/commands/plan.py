@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from lora_one_dist.base import loading
+from lora_one_dist.base.export import refuse_untrainable
 from lora_one_dist.base.rehearsal import rehearse
 from lora_one_dist.base.skeleton import ModelError, build_skeleton
 from lora_one_dist.base.tables import plan_tables
@@ -105,13 +106,25 @@ def shape_of(settings: Config) -> Shape:
     """Raises model.ModelError as the run would."""
     skeleton = build_skeleton(settings.model, folder_of(settings.model.path))
     refuse_settings(skeleton, settings)
+    threshold = settings.deepspeed.persistence_threshold
+    if settings.train.mode == "full":
+        refuse_untrainable(skeleton, settings.model)
+        return shapes.shape_of(skeleton, [], threshold)
     needed = pairs.singular_vectors_needed(settings.init, settings.lora.r)
     targets = find_targets(skeleton, settings.lora, needed, settings.changes_base)
     for note in loading.notes_on(skeleton, settings.model, rehearse(skeleton, settings.model)):
         command_line.tell(note)
     rows = skeleton.get_input_embeddings().num_embeddings
     tables = plan_tables(skeleton, settings.lora, targets, range(rows, rows + len(settings.lora.new_tokens or ())))
-    return shapes.shape_of(skeleton, targets, settings.deepspeed.persistence_threshold, tables)
+    return shapes.shape_of(skeleton, targets, threshold, tables)
+
+
+def _what_is_trained(shape: Shape, settings: Config) -> list[str]:
+    model = f"{settings.model.path}: {shape.parameters / 1e9:.2f} B parameters"
+    if settings.train.mode == "full":
+        return [f"{model}, all are trained"]
+    adapters = f"{settings.init.method}, r {settings.lora.r}: {shape.adapter / 1e6:.1f} M in the adapters"
+    return [f"{model}, {len(shape.targets)} target layers", adapters]
 
 
 def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> list[str]:
@@ -119,8 +132,7 @@ def report(shape: Shape, settings: Config, cluster: Cluster, timed: bool) -> lis
     found = predict(shape, settings, cluster)
     train, data = settings.train, settings.data
     lines = [
-        f"{settings.model.path}: {shape.parameters / 1e9:.2f} B parameters, {len(shape.targets)} target layers",
-        f"{settings.init.method}, r {settings.lora.r}: {shape.adapter / 1e6:.1f} M in the adapters",
+        *_what_is_trained(shape, settings),
         f"{cluster.hosts} x {cluster.ranks_per_host} ranks, stage {settings.deepspeed.stage}, shard_group "
         f"{settings.deepspeed.shard_group}, micro-batch {train.micro_batch_size} x {data.max_length} tokens, "
         f"global batch {train.global_batch_size}",

@@ -77,6 +77,8 @@ def cross_checks(groups: Mapping[str, Any]) -> list[str]:
     }
     problems = [problem for name, check in checks.items() if name in groups for problem in check(groups[name])]
     problems += [f"{key} = {shown(value_of(groups, key))}: {fault}" for key, _, fault in idle(groups)]
+    if {"train", "deepspeed"} <= groups.keys() and groups["train"].mode == "full":
+        problems += _check_full(groups["train"], groups["deepspeed"])
     if {"train", "optim"} <= groups.keys():
         train, optim = groups["train"], groups["optim"]
         if train.max_steps and optim.warmup_steps >= train.max_steps:
@@ -165,6 +167,21 @@ def _check_train(train: TrainConfig) -> Iterator[str]:
             re.compile(pattern)
         except re.error as error:
             yield f"train.exact_match_pattern = {pattern!r}: is no regular expression ({error}). Correct it."
+
+
+def _check_full(train: TrainConfig, deepspeed: DeepSpeedConfig) -> Iterator[str]:
+    """Of ``train.mode`` full."""
+    if train.max_steps == 0:
+        yield "train.max_steps = 0: initialises adapters, of which train.mode full has none. Give at least 1."
+    try:
+        offloads = deepspeed.offloads
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # said of the JSON itself
+    if offloads:
+        yield (
+            f"deepspeed.config = {deepspeed.config}: offload_param keeps a frozen base in host memory; train.mode full "
+            "changes the weights where they are, and does not support it. Take ds_configs/zero3.json and more ranks."
+        )
 
 
 def _check_resume(resume: str) -> Iterator[str]:

@@ -73,9 +73,10 @@ def idle(groups: Mapping[str, Any]) -> list[tuple[str, Effect, str]]:
         if not isinstance(group, BaseModel):
             continue
         for key, field in type(group).model_fields.items():
-            if getattr(group, key) == field.default:
+            if getattr(group, key) == field.get_default(call_default_factory=True):
                 continue
-            effects = (effect for effect in field.metadata if isinstance(effect, Effect))
+            own = [effect for effect in field.metadata if isinstance(effect, Effect)]
+            effects = [*getattr(type(group), "acts", ()), *own]
             lacking = ((effect, effect.fault(groups)) for effect in effects)
             first = next(((effect, fault) for effect, fault in lacking if fault is not None), None)
             if first is not None:

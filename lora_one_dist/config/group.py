@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
@@ -14,6 +16,8 @@ class Group(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+    acts: ClassVar[tuple[Any, ...]] = ()
+    """Effects (:mod:`effect`) that every setting of the group has, before its own."""
 
 
 def _expanded(given: str | list[str] | None) -> str | list[str] | None:

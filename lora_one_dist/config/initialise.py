@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ _BY_GAMMA = Effect(("init.stable_output", "init.method"), lambda stable, method:
 
 class InitConfig(Group):
     """How the adapters start."""
+
+    acts: ClassVar = (only_with("train.mode", "lora"),)
 
     method: Annotated[
         Literal["lora_one", "lora_one_v1", "lora_ga", "lora_sb", "pissa", "lora"],

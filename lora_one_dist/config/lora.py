@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -54,6 +54,8 @@ Expression = Annotated[str, AfterValidator(_expression)]
 
 class LoraConfig(Group):
     """Shape of the adapters, in PEFT's terms."""
+
+    acts: ClassVar = (only_with("train.mode", "lora"),)
 
     r: int = Field(8, ge=1)
     """The LoRA rank, at least 1 and at most min(out_features, in_features) of a target; a narrower target has as many

@@ -13,16 +13,17 @@ PAIR_KINDS = ("lora", "dora")  # whose A and B train, as the preconditioner has 
 DEFAULT_FORM = {"adamw": "rescaled", "sgd": "riemannian"}
 DEFAULT_DAMPING = {"rescaled": 1.0, "riemannian": 1e-6, "lora_pro": 1e-8, "none": None}
 Decay = Annotated[float, Field(ge=0, lt=1)]
+_OF_ADAPTERS = only_with("train.mode", "lora")
 
 
 class OptimConfig(Group):
-    """The update of the adapters."""
+    """The update of what is trained."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """adamw: decoupled weight decay and bias correction; sgd: plain, decoupled weight decay."""
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate, above 0."""
-    lr_ratio_b: float = Field(1.0, gt=0)
+    lr_ratio_b: Annotated[float, _OF_ADAPTERS] = Field(1.0, gt=0)
     """LoRA+ (arXiv 2402.12354): learning rate of lora_B over that of lora_A; 1 is plain LoRA."""
     betas: Annotated[tuple[Decay, Decay], only_with("optim.name", "adamw")] = (0.9, 0.999)
     """AdamW's moment decays, each in [0, 1)."""
@@ -32,6 +33,7 @@ class OptimConfig(Group):
     """Decoupled weight decay, at least 0."""
     preconditioner: Annotated[
         Literal["rescaled", "riemannian", "lora_pro", "none"] | None,
+        _OF_ADAPTERS,
         only_with("lora.kind", *PAIR_KINDS),
         Effect(
             ("optim.preconditioner", "lora.kind"),
@@ -45,6 +47,7 @@ class OptimConfig(Group):
     with AdamW's moments of whole weights on their owners. Default: rescaled with adamw, riemannian with sgd."""
     damping: Annotated[
         float | None,
+        _OF_ADAPTERS,
         not_with("optim.preconditioner", "none"),
         not_with(
             "optim.preconditioner", None, otherwise="needs optim.preconditioner beside it: its unit depends on it."

@@ -42,7 +42,7 @@ _GENERATES = not_with("train.exact_match_samples", 0)
 
 
 class ModelConfig(Group):
-    """The pre-trained language model, causal or of an encoder and a decoder (T5); its weights stay frozen."""
+    """The pre-trained language model, causal or of an encoder and a decoder (T5), frozen but for train.mode full."""
 
     path: Annotated[str, AsPath]
     """Folder of an `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` (config.json, *.safetensors, tokenizer), or a hub
@@ -172,6 +172,9 @@ class TrainConfig(Group):
     """Tokens to generate for an exact match, at least 1."""
     seed: int = Field(0, ge=0)
     """Seed of the data order, the SVDs, the Kaiming initialisation and dropout."""
+    mode: Literal["lora", "full"] = "lora"
+    """What is trained. lora: adapters beside a frozen base; full: every weight of the model, under ZeRO-3 or stage 0,
+    by the same loop; lora.* and init.* then have no effect. What it leaves is `model/` in place of `adapter/`."""
 
 
 class DeepSpeedConfig(Group):
@@ -181,6 +184,7 @@ class DeepSpeedConfig(Group):
     """DeepSpeed JSON with the memory policy only: ZeRO stage 0 (replicated) or 3 (partitioned), offload, buckets."""
     shard_group: Annotated[
         Literal["world", "node"],
+        only_with("train.mode", "lora", otherwise="keeps a frozen base: train.mode full needs world. Leave it out."),
         Effect(
             ("deepspeed.config",),
             lambda path: _stage_of(path) != 0,
@@ -281,13 +285,15 @@ class Config(Group):
 
     @property
     def preconditioner(self) -> tuple[str, float | None]:
-        """Form and damping in force; a kind of adapter that trains no pair has none."""
-        return (self.optim.form, self.optim.damping_in_force) if self.lora.kind in PAIR_KINDS else ("none", None)
+        """Form and damping in force; what trains no pair has none."""
+        pairs = self.train.mode == "lora" and self.lora.kind in PAIR_KINDS
+        return (self.optim.form, self.optim.damping_in_force) if pairs else ("none", None)
 
     @property
     def changes_base(self) -> bool:
         """Does the run's initialisation change the base, so that ``W + s B0 A0`` is what it was?"""
-        return self.init.adapter is None and self.init.method in COMPENSATED_METHODS
+        is_method = self.train.mode == "lora" and self.init.adapter is None
+        return is_method and self.init.method in COMPENSATED_METHODS
 
     def to_yaml(self) -> str:
         """The resolved config, defaults included, as YAML that :func:`load_config` reads back."""

@@ -182,6 +182,10 @@ def adapter_folder(source: Path, step: int | None) -> tuple[Path, list[str]]:
         if wrong is not None:
             raise ConversionError(f"{wrong}. Take another checkpoint.")
         state = read_json(source / "state.json")
+        if not (source / "adapter").is_dir() and (source / "model").is_dir():
+            raise ConversionError(
+                f"{source}: is of a run with train.mode full, which has no adapter. Take its {source / 'model'}."
+            )
         return source / "adapter", [f"{source}: step {state['step']}, every hash as written"]
     if not (source / peft_format.CONFIG).is_file():
         raise ConversionError(f"{source}: is no run folder, no checkpoint and no PEFT folder. Give one of these.")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from lora_one_dist.disk import folders
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, read_json, read_safetensors, write_safetensors
+from lora_one_dist.disk.weights import beside_weights
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKSUMS = "SHA256SUMS"
-BESIDE = (".json", ".model", ".txt", ".jinja")  # what else than weights belongs to a model, by the names' ends
 TEMPLATES = {"chat_template.jinja", "chat_template.json"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 TOKENIZER |= {"vocab.json", "vocab.txt", "merges.txt"}  # and *.model
@@ -151,15 +151,6 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needs {readable(needed_bytes + SPARE_BYTES)}, {above} has {readable(free)} free. Make room, or "
             "write elsewhere."
         )
-
-
-def beside_weights(folder: Path) -> dict[str, Path]:
-    """What stands beside a model's weights, by name: config, tokenizer, chat template, licence."""
-    return {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json")
-    }
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from lora_one_dist.convert import files, vocabulary
 from lora_one_dist.convert.names import names_in_files
 from lora_one_dist.convert.vocabulary import Shards
 from lora_one_dist.disk.lazy import ConversionError, LazyTensor, listed, read_json
+from lora_one_dist.disk.weights import beside_weights
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run(planned: Plan, out: Path, workers: int = 1) -> None:
 
 def _beside(base: Path, adapter: Path, notes: list[str]) -> dict[str, Path]:
     """What stands beside the base's weights, with the adapter's tokenizer and chat template where they are others."""
-    beside, own = files.beside_weights(base), files.tokenizer_files(adapter)
+    beside, own = beside_weights(base), files.tokenizer_files(adapter)
     if all(name in beside and beside[name].read_bytes() == path.read_bytes() for name, path in own.items()):
         return beside
     whole = not own.keys() <= files.TEMPLATES  # its vocabulary too: no file of the base's must stay beside it

@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -36,13 +36,14 @@ CLEANING_SECONDS = 5.0  # for a rank to remove what a failed write left, before 
 LOCK_SECONDS, LOCK_PAUSE_SECONDS = 100.0, 1.0
 
 Result = TypeVar("Result")
+Content = bytes | Callable[[], Iterable[bytes | memoryview]]  # of a file; a large one in pieces, as it is written
 
 
 class FolderError(ValueError):
     """A folder that is not as it was written: which file, and what is wrong with it."""
 
 
-def write(folder: Path, own: Mapping[str, bytes], seconds: float) -> int:
+def write(folder: Path, own: Mapping[str, Content], seconds: float) -> int:
     """Write a new folder that appears when it is whole.  Returns the bytes of its files.  Collective.
 
     Args:
@@ -105,13 +106,17 @@ def on_all(doing: str, work: Callable[[], Result], seconds: float) -> Result:
     return results[0]
 
 
-def _write_file(path: Path, content: bytes) -> dict[str, Any]:
+def _write_file(path: Path, content: Content) -> dict[str, Any]:
     """Write and sync.  Returns the file's entry in the manifest."""
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        file.write(content)
+        for piece in [content] if isinstance(content, bytes) else content():
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _complete(folder: Path, partial: Path, files: Mapping[str, Any]) -> None:

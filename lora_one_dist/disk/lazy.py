@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,20 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path}: cannot be read: {error}. Copy it again.") from error
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], None] = lambda _: None
-) -> None:
-    """Write one file, a tensor at a time: the header follows from types and shapes alone.
+def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    """Tensors that are there, as they are when they are read; brought to the host one at a time."""
+    return {
+        name: LazyTensor(tensor.dtype, tuple(tensor.shape), partial(_on_host, tensor))
+        for name, tensor in tensors.items()
+    }
 
-    Args:
-        done: told the bytes of each tensor that is written.
-    """
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
+
+
+def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, in pieces of a tensor each behind the header, which follows from types and shapes alone."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # Wider types first, as the library writes them: so each tensor starts at a multiple of its type's size.
@@ -116,14 +123,29 @@ def write_safetensors(
         header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name, tensor in ordered:
+        values = tensor.read()
+        found, planned = (values.dtype, tuple(values.shape)), (tensor.dtype, tensor.shape)
+        assert found == planned, f"{name} came as {found}, was announced as {planned}"
+        yield _bytes_of(values)
+        del values  # before the next is read
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write one file, a tensor at a time.
+
+    Args:
+        done: told the bytes of each tensor that is written.
+    """
+    written = pieces(tensors)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in ordered:
-            values = tensor.read()
-            found, planned = (values.dtype, tuple(values.shape)), (tensor.dtype, tensor.shape)
-            assert found == planned, f"{name} came as {found}, was announced as {planned}"
-            file.write(_bytes_of(values))
+        file.write(next(written))
+        for values in written:
+            file.write(values)
+            done(len(values))
             del values  # before the next is read
-            done(tensor.num_bytes)
         file.flush()
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ import torch
 
 SAMPLE_BYTES = 4096  # of each tensor, in a fingerprint
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+BESIDE = (".json", ".model", ".txt", ".jinja")  # what else than weights belongs to a model, by the names' ends
 BASE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 FILE_DTYPES = BASE_DTYPES | {
     "I64": torch.int64,
@@ -79,6 +80,15 @@ class Part:
     def sources(self) -> list[TensorSource]:
         """All that is read for it."""
         return [self.source] if self.scales is None else [self.source, self.scales.source]
+
+
+def beside_weights(folder: Path) -> dict[str, Path]:
+    """What stands beside a model's weights, by name: config, tokenizer, chat template, licence.  Not collective."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in BESIDE and not path.name.endswith(".index.json")
+    }
 
 
 def read_header(path: Path) -> dict[str, TensorSource]:

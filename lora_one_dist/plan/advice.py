@@ -48,7 +48,8 @@ def faster(shape: Shape, config: Config, cluster: Cluster) -> list[str]:
     if config.deepspeed.stage == 3 and os.path.isfile(REPLICATE):
         node = {"shard_group": "world"} if config.deepspeed.shard_group == "node" else {}
         changes.append(("deepspeed", {"config": REPLICATE, **node}))
-    if config.deepspeed.stage == 3 and cluster.hosts > 1 and config.deepspeed.shard_group == "world":
+    several = config.deepspeed.stage == 3 and cluster.hosts > 1 and config.train.mode == "lora"
+    if several and config.deepspeed.shard_group == "world":
         changes.append(("deepspeed", {"shard_group": "node"}))
     changes += [("train", {"micro_batch_size": size * 2**i}) for i in range(1, 5) if size * 2**i <= most]
     seconds, gains = predict(shape, config, cluster).seconds["step"], []
@@ -80,7 +81,7 @@ def _with(config: Config, changes: Iterable[Change]) -> Config:
 def _changes(config: Config) -> list[list[Change]]:
     """Settings that save memory, in families of which one is made; families and their members the cheapest first."""
     size, length, groups = config.train.micro_batch_size, config.data.max_length, config.init.layer_groups
-    return [
+    families: list[list[Change]] = [
         [("model", {"recompute": "all"})] if config.model.recompute != "auto" else [],
         [("deepspeed", {"config": PARTITION})] if config.deepspeed.stage == 0 and os.path.isfile(PARTITION) else [],
         [("init", {"layer_groups": groups * 2**i}) for i in range(1, 7)],
@@ -90,6 +91,10 @@ def _changes(config: Config) -> list[list[Change]]:
         [("deepspeed", {"config": OFFLOAD})] if os.path.isfile(OFFLOAD) else [],
         [("data", {"max_length": length // 2**i}) for i in range(1, 4)],
     ]
+    if config.train.mode == "full":  # nothing is initialised, and the weights are not offloaded
+        idle = [("deepspeed", {"config": OFFLOAD})]
+        families = [[change for change in family if change[0] != "init" and change not in idle] for family in families]
+    return families
 
 
 def _alone(shape: Shape, config: Config, cluster: Cluster, phase: str) -> list[Change]:

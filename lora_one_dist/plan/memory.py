@@ -21,6 +21,8 @@ are, and where ``backward`` begins; and where a rank's gradients are whole only 
 - ``frozen pairs``  w sum(r (m + n)) while training, of LoRA-SB
 - ``compensated pairs``  4 sum(r (m + n)) more while training, for the methods that change the base
 - ``adapters``     (e + 4) p: working copies and send buffer;  ``states``: 16 p / R at the owner, 24 of AdaLoRA
+- ``gradients``, ``states``  where every weight is trained: 4 P / R and, with AdamW, 12 P / R at their owners;
+                   ``reduced``: in backward the gradient of one parameter, and what is sent and received of it
 - ``tables``         the same of trained rows of embedding and head, but e p until they train;  ``table states``;
                    ``table update``: what is sent of one table
 """
@@ -122,6 +124,8 @@ def memory_and_recomputed(
     shape: Shape, config: Config, cluster: Cluster
 ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """Bytes by phase and term, and how many blocks backward computes again in the phases that have one."""
+    if config.train.mode == "full":
+        return _where_all_is_trained(shape, config, cluster)
     e, on_gpu = element_bytes(config), cluster.backend == "nccl"
     several = _gathers(config, cluster)
     base = {
@@ -165,6 +169,38 @@ def memory_and_recomputed(
     moments += [_Moment(base | states | terms, whole=False) for terms in extra]
     found["step"], recomputed["step"] = _with_blocks(shape, config, cluster, "step", moments)
     return found, recomputed
+
+
+def _where_all_is_trained(
+    shape: Shape, config: Config, cluster: Cluster
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """As :func:`memory_and_recomputed`."""
+    e, ranks, several = element_bytes(config), cluster.ranks, _gathers(config, cluster)
+    base = {"base": e * (shape.parameters // ranks_a_copy(config, cluster))}
+    if config.deepspeed.stage == 3:
+        base["persistent"] = e * shape.persistent if several else 0
+    largest = e * shape.largest_tensor if several else 0
+    load = base | {"largest_tensor": largest, "staging": SLAB_BYTES if cluster.backend == "nccl" else 0}
+    held = 4 * shape.parameters // ranks
+    states = {"gradients": held, "states": held * (3 if config.optim.name == "adamw" else 1)}
+    tokens = tokens_of("step", config)
+    logits = e * tokens * shape.vocabulary + (min(_loss_bytes(cluster), 4 * tokens * shape.vocabulary) if e < 4 else 0)
+    ends, around_norm = 2 * e * tokens * shape.hidden, AROUND_NORM * tokens * shape.hidden
+    elements = gathered(shape, config.deepspeed.zero) if several else (0, 0)
+    of_head = shape.vocabulary * shape.hidden
+    head = {"gathered": e * elements[0], "head": ends + logits + around_norm, "reduced": _reduced(of_head, e, ranks)}
+    end = {"gathered": e * elements[1], "reduced": _reduced(shape.largest_tensor, e, ranks)}
+    moments = [_Moment({**base, **states, **head}), _Moment({**base, **states, **end}, whole=False)]
+    step, count = _with_blocks(shape, config, cluster, "step", moments)
+    return {"load": load, "step": step}, {"step": count}
+
+
+def _reduced(elements: int, e: int, ranks: int) -> int:
+    """Of a parameter's gradient on its way to its owners: itself, in fp32, and what has arrived."""
+    if ranks == 1:
+        return e * elements
+    sent = 4 * elements if e < 4 else 0
+    return e * elements + sent + 4 * elements // ranks + 5 * min(EXCHANGE_BYTES, 4 * elements) // 2
 
 
 def _while_tables_start(shape: Shape, config: Config, cluster: Cluster, largest: int) -> dict[str, int]:

@@ -31,6 +31,8 @@ def operations_by_phase(
 ) -> dict[str, float]:
     """Per rank.  A product with P parameters takes 2 P a token forward and 2 P for dX; attention 2 T h L more, halved
     by causality; what is ``recomputed``, so many blocks in a phase, counts."""
+    if config.train.mode == "full":
+        return {"step": _of_all_trained(shape, config, cluster, recomputed["step"])}
     targets, found = sum(target.m * target.n for target in shape.targets), {}
     groups = ownership.split([float(target.m * target.n) for target in shape.targets], config.init.layer_groups)
     parts = parts_of_batch(config)
@@ -50,13 +52,21 @@ def operations_by_phase(
     return found
 
 
+def _of_all_trained(shape: Shape, config: Config, cluster: Cluster, recomputed: int) -> float:
+    """A third time as much for the weights' gradients."""
+    tokens = tokens_of("step", config)
+    forward, weights = _forward(shape, config, tokens), 2.0 * tokens * (shape.parameters - shape.lookup_only)
+    return _passes_of_step(config, cluster) * (2 * forward + weights + _again(shape, config, tokens) * recomputed)
+
+
 def needed_operations(shape: Shape, tokens: int, pairs: int) -> tuple[float, float]:
     """What a step must do at least: 4 N a token for N parameters that are multiplied by, and with attention beside.
 
-    Nothing that is computed again counts, nor what the adapters add; a trained head's gradient does.  ``pairs``: sum of
-    the documents' squared lengths.
+    6 N where every weight is trained.  Nothing that is computed again counts, nor what the adapters add; a trained
+    head's gradient does.  ``pairs``: sum of the documents' squared lengths.
     """
-    products = 4.0 * tokens * shape.passed + _of_trained_head(shape, tokens)
+    times = 4.0 if shape.targets else 6.0
+    products = times * tokens * shape.passed + _of_trained_head(shape, tokens)
     attention = 6.0 * pairs * shape.queries * shape.passed_layers
     return products, products + attention  # 2 + 4 forward and back, halved, twice
 

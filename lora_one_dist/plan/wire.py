@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_one_dist.cluster import ownership
@@ -101,8 +101,24 @@ def gathers_a_pass(shape: Shape, zero: Mapping[str, Any], below: float = 0.0) ->
     return 1.0 + max(0.0, again)
 
 
+def _step_of_all(shape: Shape, config: Config, cluster: Cluster) -> Wire:
+    """Where every weight is trained: its gradient goes to the owners in each backward pass, in fp32."""
+    passes = passes_of(config.train.global_batch_size, config.train.micro_batch_size, cluster.ranks)
+    each, hosts, e = cluster.ranks_per_host, cluster.hosts, element_bytes(config)
+    inside, between = cluster.ranks * (each - 1) / each, hosts - 1
+    reduce = Wire(inside * 4 * shape.parameters, between * 4 * shape.parameters)
+    if ranks_a_copy(config, cluster) == 1:
+        return reduce * passes + Wire(inside * e * shape.parameters, between * e * shape.parameters)
+    looked_up_again = replace(shape, lookup_only=0)  # in backward, which the embedding has here
+    gathers = _base_gathers(shape, config, cluster, gathers_a_pass(looked_up_again, config.deepspeed.zero))
+    persistent = ring(e * shape.persistent, range(cluster.ranks), each)  # once a step: they have changed
+    return (reduce + gathers) * passes + persistent
+
+
 def wire_by_phase(shape: Shape, config: Config, cluster: Cluster) -> dict[str, Wire]:
     """Bytes sent by all ranks together, of one start and of one optimizer step."""
+    if config.train.mode == "full":
+        return {"step": _step_of_all(shape, config, cluster)}
     shape = shape.frozen
     found: dict[str, Wire] = {}
     ranks, each = cluster.ranks, cluster.ranks_per_host

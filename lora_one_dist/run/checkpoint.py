@@ -1,21 +1,23 @@
 """Checkpoints: all that a run needs to go on, at any number of ranks.
 
-In: adapters and optimizer, in whatever layout the ranks have.  Out, and back in::
+In: adapters, or every weight, and optimizer, in whatever layout the ranks have.  Out, and back in::
 
     checkpoints/
       latest                                name of the newest
       best.json                             step and eval loss of the best
       step-40/
-        adapter/                            PEFT folder, loads on the untouched base
+        adapter/                            PEFT folder, loads on the untouched base; or model/, if every weight trains
         optimizer-00000-of-00002.safetensors  fp32 masters and moments of the layers that a rank owned, by name
         state.json                          step, data position, schedule, seed, config, fingerprints, versions
         manifest.json                       size and hash of every file
       init-1-of-4/                          initial pairs of a layer group, until step 0 is saved
 
-The frozen base is never written.  Random numbers are functions of (seed, purpose, step, rank), and the order of the
+A frozen base is never written.  Random numbers are functions of (seed, purpose, step, rank), and the order of the
 data of (seed, step), so that the seed and the step are their whole state.  Every rank writes what it owns, at once:
 ``(4 + 8) P / world_size`` bytes with AdamW for P adapter parameters, and rank 0 the adapter, ``w P`` bytes (w bytes an
 element; ``8 P`` where the method changed the base).  The same number of bytes is held for a moment in host memory.
+Where every weight is trained P is the model's, each rank writes a part of the model too, ``w P / world_size``, and of
+masters and moments one tensor at a time is in host memory.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from lora_one_dist.config.settings import CheckpointConfig, Config
 from lora_one_dist.disk import folders
 from lora_one_dist.initialise.pairs import Initialisation
 from lora_one_dist.run.identity import differences, differences_of_group
-from lora_one_dist.train.optim import LayerShardedOptimizer
-from lora_one_dist.train.rows import places
+from lora_one_dist.train.loop import Optimizer
+from lora_one_dist.train.rows import Places
 
 FORMAT = 1
 STATE = "state.json"
@@ -205,17 +207,18 @@ def _refuse_other_run(root: Path, own: Mapping[str, Any]) -> None:
         )
 
 
-def load_optimizer(folder: Path, optimizer: LayerShardedOptimizer, step: int) -> None:
+def load_optimizer(folder: Path, optimizer: Optimizer, step: int) -> None:
     """Fill this rank's masters and moments from the files of however many ranks, and go on from there.  Collective."""
     with comm.all_or_none("reading the checkpoint"):
         wanted = optimizer.state()
+        places = Places(wanted)
         lacking = {name: place.numel() for name, place in wanted.items()}
         for name in sorted(folders.read_manifest(folder)):
             if not name.startswith("optimizer-"):
                 continue
             with safe_open(folder / name, framework="pt") as reader:
                 for saved in reader.keys():  # noqa: SIM118
-                    for key, place, rows in places(saved, wanted):
+                    for key, place, rows in places.of(saved):
                         value = reader.get_slice(saved)[rows]
                         assert value.shape == place.shape, f"{key}: {tuple(value.shape)}, must be {tuple(place.shape)}"
                         place.copy_(value)
@@ -281,21 +284,21 @@ class Store:
             ) from error
 
     def save(
-        self, step: int, adapter: Mapping[str, bytes], optimizer: LayerShardedOptimizer, state: Mapping[str, Any]
+        self, step: int, export: Mapping[str, folders.Content], states: folders.Content, state: Mapping[str, Any]
     ) -> int:
         """Write ``step-N`` and remove what is no longer kept.  Returns its bytes.  Collective.
 
         Args:
-            adapter: files of the PEFT folder, on rank 0 alone.
+            export: this rank's files of ``adapter/`` (rank 0 has all) or ``model/``, by path in the checkpoint.
+            states: this rank's masters and moments.
             state: what else ``state.json`` shall hold.
 
         Raises:
             RankError: on all ranks; the older checkpoints are as they were.
         """
         rank, world_size = comm.rank(), comm.world_size()
-        own = {f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": encode_tensors(optimizer.state())}
+        own = {f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors": states, **export}
         if rank == 0:
-            own |= {f"adapter/{name}": content for name, content in adapter.items()}
             whole = {"format": FORMAT, "step": step, **state, "world_size": world_size, "identity": self.identity}
             own[STATE] = (json.dumps(whole, indent=1) + "\n").encode()
         size = folders.write(self.root / f"step-{step}", own, self.settings.timeout_seconds)

@@ -52,6 +52,8 @@ class Fit:
     @property
     def summary(self) -> str:
         phases = {"initialising": self.count("gradient"), "training": self.count("step")}
+        if not self.shape.targets:  # every weight is trained: there is nothing to initialise
+            del phases["initialising"]
         counts = " and ".join(f"{count} while {doing}" for doing, count in phases.items())
         text = f"of {self.shape.layers} blocks backward recomputes {counts}, within {self.limit / GB:.1f} GB a rank"
         return text + (f"; faster, and it would still fit: {'; '.join(self.faster)}" if self.faster else "")

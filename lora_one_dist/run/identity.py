@@ -41,10 +41,12 @@ KEPT = (
     "init.gamma",
     "optim.name",
     "optim.preconditioner",
+    "train.mode",
     "train.global_batch_size",
     "train.seed",
 )
-BEFORE = {"init.scheme": "arb2r", "init.stable_output": True, "lora.kind": "lora"}  # of runs from before these settings
+# Of runs from before there were these settings.
+BEFORE = {"init.scheme": "arb2r", "init.stable_output": True, "lora.kind": "lora", "train.mode": "lora"}
 LAYERS = ("lora.target_modules", "lora.exclude_modules", "lora.rank_pattern", "lora.alpha_pattern")
 # Where things lie, or what is measured: not worth a line when it changes.
 UNLOGGED = ("model.path", "data", *LAYERS, "output_dir", "resume", "init")
@@ -76,7 +78,8 @@ def identity(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two runs' identities: what makes them two, and what may change within one.  Pure."""
     refused, changed = [], []
-    was, is_ = BEFORE | flatten(before["config"]), flatten(now["config"])
+    is_ = flatten(now["config"])
+    was = {key: value for key, value in BEFORE.items() if key in is_} | flatten(before["config"])
     for key in sorted(was.keys() | is_.keys()):
         old, new = was.get(key), is_.get(key)
         if old == new:

@@ -7,6 +7,7 @@ another.  Every function here runs on every rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 from lora_one_dist.adapters import folder as adapters
 from lora_one_dist.base import loading, varlen
 from lora_one_dist.base.blocks import has_encoder, parts
+from lora_one_dist.base.export import refuse_untrainable
 from lora_one_dist.base.files import fingerprint
 from lora_one_dist.base.packable import refuse_unpackable
 from lora_one_dist.base.rope import refuse_beyond, refuse_without_position
-from lora_one_dist.base.skeleton import local_folder
+from lora_one_dist.base.skeleton import ModelError, local_folder
 from lora_one_dist.base.tables import Table, new_ids, plan_tables
 from lora_one_dist.base.two_stacks import refuse_settings
 from lora_one_dist.cluster import comm
@@ -64,19 +66,20 @@ def read(config: Config) -> Inputs:
     settings = config.model
     folder = local_folder(settings.path, settings.trust_remote_code, settings.allow_pickle)
     with comm.all_or_none("checking the model"):
-        needed = pairs.singular_vectors_needed(config.init, config.lora.r) if not config.init.adapter else 0
-        plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)
-        loading.check_loadable(plan, config.deepspeed.shard_group)
+        plan = _plan(config, folder)
         refuse_settings(plan.skeleton, config)
         tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
         new = new_ids(plan.skeleton, tokenizer, add_tokens(tokenizer, config.lora.new_tokens or []))
+        if new and config.train.mode == "full":
+            _refuse_new_tokens(config, plan, new)
         tables = plan_tables(plan.skeleton, config.lora, plan.targets, new)
         if config.model.attn_implementation == varlen.NAME:
             varlen.refuse_cpu()
         if config.data.packing or config.model.attn_implementation == varlen.NAME:
             refuse_unpackable(plan.skeleton)
         if comm.rank() == 0:
-            room.refuse_full_disk(Path(config.output_dir), config, [*plan.targets, *tables])
+            parameters = sum(parameter.numel() for parameter in plan.skeleton.parameters())
+            room.refuse_full_disk(Path(config.output_dir), config, [*plan.targets, *tables], parameters)
     with comm.all_or_none("reading the data"), writable_cache():
         rows = load_rows(config.data.train, config.data.train_split, config.data.max_train_samples)
     # Nothing may fail between the agreement and the turns: local_first is a collective of its own.
@@ -94,6 +97,26 @@ def read(config: Config) -> Inputs:
             given = adapters.read_adapter(Path(config.init.adapter), config, plan.targets, tables)
     own = _identity(config, plan, tables, train, held.tokens if held is not None else None)
     return Inputs(plan, tokenizer, train, held, given, own, tables, saved(tokenizer) if new else {})
+
+
+def _plan(config: Config, folder: Path) -> loading.Plan:
+    """Of the model; with targets, or such that all of it can be trained and written."""
+    if config.train.mode == "full":
+        plan = loading.plan(folder, config.model, None, 0)
+        refuse_untrainable(plan.skeleton, config.model)
+    else:
+        needed = pairs.singular_vectors_needed(config.init, config.lora.r) if not config.init.adapter else 0
+        plan = loading.plan(folder, config.model, config.lora, needed, config.changes_base)
+    loading.check_loadable(plan, config.deepspeed.shard_group)
+    return plan
+
+
+def _refuse_new_tokens(config: Config, plan: loading.Plan, new: Sequence[int]) -> None:
+    rows = plan.skeleton.get_input_embeddings().num_embeddings
+    raise ModelError(
+        f"train.mode = full: the tokenizer of {config.model.path} has {len(new)} tokens more than the model's {rows} "
+        "rows. Resize the model first (resize_token_embeddings, then save_pretrained), or take its own tokenizer."
+    )
 
 
 def _read_held(config: Config, plan: loading.Plan, tokenizer: Any, train_rows: Any) -> evaluate.Held | None:
@@ -145,7 +168,8 @@ def total_steps(train: TrainConfig, num_samples: int) -> int:
 
 def _refuse_too_few(config: Config, available: int) -> None:
     needed = {"train.global_batch_size": config.train.global_batch_size} if config.train.max_steps != 0 else {}
-    if config.init.adapter is None and config.init.takes_gradient:
+    starts = config.train.mode == "lora" and config.init.adapter is None
+    if starts and config.init.takes_gradient:
         needed["init.num_samples"] = config.init.num_samples
     for key, count in needed.items():
         if count > available:

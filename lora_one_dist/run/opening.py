@@ -102,7 +102,11 @@ def introduce(config: Config, read: Inputs, record: metrics.RunFolder) -> None:
     record.say(f"base {config.model.path} {config.model.dtype}, {_where_the_base_is(config)}; {how}")
     for note in plan.notes:
         record.say(note)
-    record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
+    if config.train.mode == "full":
+        count = sum(parameter.numel() for parameter in plan.skeleton.parameters())
+        record.say(f"all {count} weights are trained; each rank has masters and moments of its part")
+    else:
+        record.say(f"{len(plan.targets)} target layers, r {config.lora.r}, scale {config.scaling:.4g}")
     for line in [*_other_pairs(config, plan.targets), *_left_out(plan.left_out), *map(_trained_table, read.tables)]:
         record.say(line)
     allocation = allocation_of(config.lora, plan.targets, total_steps(config.train, len(read.train)))

@@ -1,30 +1,35 @@
-"""What a run writes of its adapters while it goes: checkpoints, the best of them, and the result.
+"""What a run writes of what it trains while it goes: checkpoints, the best of them, and the result.
 
-In: adapters and optimizer as they are now.  Out: files.  All of it is collective, and none of it ends a run but an
-error under ``checkpoint.on_failure: stop``.
+In: adapters, or the model, and optimizer as they are now.  Out: files.  All of it is collective, and none of it ends a
+run but an error under ``checkpoint.on_failure: stop``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from safetensors.torch import save as encode_tensors
 
 from lora_one_dist.adapters import folder as adapter_files
 from lora_one_dist.adapters.lora import Adapter
+from lora_one_dist.base import export
+from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.targets import Target
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
-from lora_one_dist.disk import folders
+from lora_one_dist.disk import folders, lazy
 from lora_one_dist.initialise.pairs import Pairs
 from lora_one_dist.run import metrics
 from lora_one_dist.run.checkpoint import Store
 from lora_one_dist.run.inputs import total_steps
-from lora_one_dist.train import optim
+from lora_one_dist.train import full, optim
 
-RETRY_SECONDS = 20.0  # until the finished adapter is tried to be written again
+RETRY_SECONDS = 20.0  # until the finished adapter or model is tried to be written again
 
 
 def guarded(record: metrics.RunFolder, on_failure: str, write: Callable[[], Any]) -> bool:
@@ -55,16 +60,74 @@ class Trained:
     before: dict[str, float]
     """Evaluation of the base alone."""
 
+    def files(self, saving: Saving) -> dict[str, folders.Content]:
+        """What of a checkpoint is the adapter, on the rank that writes.  Not collective."""
+        if not saving.record.writes:
+            return {}
+        found = adapter_files.encode(saving.config, self.adapters, saving.targets, self.initial, self.beside)
+        return {f"adapter/{name}": content for name, content in found.items()}
+
+    def states(self) -> folders.Content:
+        """Masters and moments of this rank, as a file."""
+        return encode_tensors(self.optimizer.state())
+
+    def write(self, saving: Saving, also: Callable[[], None]) -> None:
+        """The adapter alone, in place of an older one, and what is written ``also``.  Collective."""
+
+        def work() -> None:
+            if saving.record.writes:
+                folder, targets = saving.record.root / "adapter", saving.targets
+                adapter_files.export(folder, saving.config, self.adapters, targets, self.initial, self.beside)
+            also()
+
+        folders.on_all("writing the adapter", work, saving.config.checkpoint.timeout_seconds)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """As :class:`Trained`, where every weight is trained."""
+
+    base: Base
+    beside: Mapping[str, bytes]
+    """Files beside the weights, on rank 0; {} on the others."""
+    optimizer: full.FullOptimizer
+    before: dict[str, float]
+    """Evaluation of the base before."""
+
+    def files(self, saving: Saving) -> dict[str, folders.Content]:
+        """What of a checkpoint is the model, of which each rank has a part.  Collective."""
+        found = export.encode(self.base, self.beside)
+        return {f"model/{name}": content for name, content in found.items()}
+
+    def states(self) -> folders.Content:
+        """Masters and moments of this rank, as a file, in pieces: they are up to six times the weights."""
+        return partial(lazy.pieces, lazy.held(self.optimizer.state()))
+
+    def write(self, saving: Saving, also: Callable[[], None]) -> None:
+        """The model alone, in place of an older one, and what is written ``also``.  Collective."""
+        own, seconds = export.encode(self.base, self.beside), saving.config.checkpoint.timeout_seconds
+        folder = saving.record.root / "model"
+
+        def make_room() -> None:
+            if comm.rank() == 0:
+                folders.clear(saving.record.root)  # of a write that was killed, at another number of ranks
+                if folder.exists():
+                    folders.remove(folder)
+
+        folders.on_all("removing an older model", make_room, seconds)
+        folders.write(folder, own, seconds)
+        folders.on_all("writing the summary", also, seconds)
+
 
 class Saving:
-    """Where the adapters of one run are kept.  Construct and call on every rank."""
+    """Where what one run trains is kept.  Construct and call on every rank."""
 
     def __init__(
         self,
         config: Config,
         record: metrics.RunFolder,
         store: Store,
-        trained: Trained,
+        trained: Trained | TrainedModel,
         targets: Sequence[Target],
         num_samples: int,
     ):
@@ -84,16 +147,13 @@ class Saving:
         if self.store.newest == step:
             return True
         began = time.monotonic()
-        files = {}
-        if self.record.writes:
-            now = self.trained
-            files = adapter_files.encode(self.config, now.adapters, self.targets, now.initial, now.beside)
+        files = self.trained.files(self)
         state = {**self._position(step), "evaluated": evaluated, "best": best or self.store.best}
         state |= {"before": self.trained.before, "versions": metrics.versions()}
         state["metrics_bytes"] = self.record.size_bytes()
 
         def write() -> None:
-            size = self.store.save(step, files, self.trained.optimizer, state)
+            size = self.store.save(step, files, self.trained.states(), state)
             seconds = time.monotonic() - began
             self.record.say(f"checkpoint step-{step} saved: {size / metrics.MIB:.1f} MiB in {seconds:.2f} s")
 
@@ -107,23 +167,23 @@ class Saving:
             guarded(self.record, self.config.checkpoint.on_failure, lambda: self.store.set_best(step, loss))
 
     def write_results(self, summary: dict[str, Any]) -> None:
-        """The adapter, if it was trained, and the summary; tried again for a while where the disk takes them not.
+        """The adapter or model, if trained, and the summary; tried again for a while where the disk takes them not.
 
         Raises:
             RankError: on all ranks, if the disk has not taken them by ``checkpoint.timeout_seconds``.
         """
         settings = self.config.checkpoint
 
-        def write() -> None:
-            if self.record.writes and summary["steps"] > 0:
-                now, folder = self.trained, self.record.root / "adapter"
-                adapter_files.export(folder, self.config, now.adapters, self.targets, now.initial, now.beside)
+        def summarise() -> None:
             self.record.write_json("summary.json", summary)
 
         tries = 1 + int(settings.timeout_seconds / RETRY_SECONDS) if settings.on_failure == "continue" else 1
         for left in reversed(range(tries)):
             try:
-                folders.on_all("writing the adapter", write, settings.timeout_seconds)
+                if summary["steps"] > 0:
+                    self.trained.write(self, summarise)
+                else:
+                    folders.on_all("writing the summary", summarise, settings.timeout_seconds)
                 return
             except comm.RankError as error:
                 if left == 0:

@@ -6,6 +6,7 @@ In: a :class:`Config`, on every rank of a launched job.  Out: the run folder.  E
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 from datasets import disable_progress_bars
 
 from lora_one_dist.adapters.folder import Beside
-from lora_one_dist.adapters.tables import put_tables
+from lora_one_dist.adapters.tables import TrainedTable, put_tables
 from lora_one_dist.base import loading
+from lora_one_dist.base.sharding import Base
 from lora_one_dist.base.two_stacks import task_type
 from lora_one_dist.cluster import comm
 from lora_one_dist.config.settings import Config
-from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training
-from lora_one_dist.run.saving import Saving
+from lora_one_dist.run import beginning, checkpoint, fitting, inputs, metrics, opening, training, whole
+from lora_one_dist.run.saving import Saving, Trained, TrainedModel
 from lora_one_dist.run.stopping import stop_if_asked
 from lora_one_dist.train.evaluate import evaluate
 from lora_one_dist.train.loop import GlobalBatches
@@ -72,20 +74,17 @@ def _from_load_to_summary(
     phases = metrics.Phases()
     with phases("load"):
         progress = partial(record.progress, "load, tensors")
-        base = loading.load(config.model, config.deepspeed, read.plan, config.train.micro_batch_size, progress)
-        beside = Beside(put_tables(base, read.tables), read.tokenizer_files, task_type(read.plan.skeleton))
+        size, full = config.train.micro_batch_size, config.train.mode == "full"
+        base = loading.load(config.model, config.deepspeed, read.plan, size, progress, trained=full)
+        tables = put_tables(base, read.tables)
     held_loss, held_answers = (
         partial(evaluate, base, config, read.held, record.progress, answers) for answers in (False, True)
     )
 
     fitted.recompute(base, config.model, "gradient")
-    if found is None:
-        trained = beginning.begin(config, read, base, beside, record, store, phases, held_answers)
-    else:
-        with phases("resume"):
-            trained = beginning.go_on(config, read, base, beside, record, found, held_answers)
+    trained = _start(config, read, base, tables, record, store, found, phases, held_answers)
     saving = Saving(config, record, store, trained, read.plan.targets, len(read.train))
-    if found is None:
+    if found is None and not full:  # the weights as they came are no work to lose
         with phases("save step 0"):
             saved = saving.save(0, evaluated=False)
         stop_if_asked(record, saved)
@@ -110,17 +109,42 @@ def _from_load_to_summary(
     return summary
 
 
+def _start(
+    config: Config,
+    read: inputs.Inputs,
+    base: Base,
+    tables: list[TrainedTable],
+    record: metrics.RunFolder,
+    store: checkpoint.Store,
+    found: checkpoint.Found | None,
+    phases: metrics.Phases,
+    evaluate: Callable[[], dict[str, float]],
+) -> Trained | TrainedModel:
+    """What is trained, at its first step or at that of ``found``."""
+    if config.train.mode == "full":
+        if found is None:
+            return whole.begin(config, read, base, record, phases, evaluate)
+        with phases("resume"):
+            return whole.go_on(config, read, base, record, found)
+    beside = Beside(tables, read.tokenizer_files, task_type(read.plan.skeleton))
+    if found is None:
+        return beginning.begin(config, read, base, beside, record, store, phases, evaluate)
+    with phases("resume"):
+        return beginning.go_on(config, read, base, beside, record, found, evaluate)
+
+
 def _conclude(config: Config, record: metrics.RunFolder, summary: dict[str, Any]) -> None:
     names = {"eval_loss": "held-out loss", "exact_match": "held-out exact match", "matthews": "held-out Matthews"}
     compared = [
         (names[key], summary["before"].get(key), summary["after"].get(key)) for key in names if key in summary["after"]
     ]
-    title = f"{config.init.adapter or config.init.method}, r {config.lora.r}, {comm.world_size()} ranks"
+    what = f"{config.init.adapter or config.init.method}, r {config.lora.r}"
+    title = f"{'all weights' if config.train.mode == 'full' else what}, {comm.world_size()} ranks"
     record.say(metrics.final_table(title, compared, summary["phases"]))
     written = {"report": "init_report.png", "TensorBoard log": "tensorboard"}
     written["initial adapter"] = "adapter_init"
     if config.train.max_steps != 0:
-        written["adapter"] = "adapter"
+        written |= {"adapter": "adapter", "model": "model"}
     record.say("")
     for what, name in reversed(written.items()):
         if (record.root / name).exists():

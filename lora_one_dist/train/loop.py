@@ -1,6 +1,7 @@
 """The training loop: batch, forward and backward, step.  It neither logs nor saves nor stops: whoever iterates does.
 
-In: the base, the optimizer of its adapters, global batches.  Out: one :class:`Step` after another.  Runs on every rank.
+In: the base, the optimizer of its adapters or of itself, global batches.  Out: one :class:`Step` after another.  Runs
+on every rank.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ import torch
 from lora_one_dist.base.loss import first_non_finite, loss_sum
 from lora_one_dist.base.sharding import Base
 from lora_one_dist.cluster import comm
+from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.config.seeds import seed_of
 from lora_one_dist.config.settings import Config
 from lora_one_dist.data import batches
@@ -50,6 +53,23 @@ class Step:
     """Of each rank, forward and backward."""
     stop_asked: bool
     """Has a signal asked any rank to stop?"""
+
+
+class Optimizer(Protocol):
+    """What the loop and checkpoints ask of the optimizer of what is trained (:mod:`optim`, :mod:`full`)."""
+
+    config: OptimConfig
+    steps: int
+
+    def reduce(self, *carried: float) -> tuple[float, list[tuple[float, ...]]]: ...
+
+    def update(self, lr: float, norm: float) -> None: ...
+
+    def take_non_finite(self) -> list[str]: ...
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def resume(self, steps: int) -> None: ...
 
 
 MicroBatches = list[tuple[list[int], dict[str, torch.Tensor]]]
@@ -92,9 +112,7 @@ class GlobalBatches:
                 yield ready
 
 
-def steps(
-    base: Base, optimizer: optim.LayerShardedOptimizer, batches: GlobalBatches, first: int, total: int
-) -> Iterator[Step]:
+def steps(base: Base, optimizer: Optimizer, batches: GlobalBatches, first: int, total: int) -> Iterator[Step]:
     """Train from ``first`` steps on to ``total``, one step each time that the next :class:`Step` is asked for.
 
     Collective, each step.  Between two steps the module may be used otherwise, but must be left in train mode.
@@ -137,7 +155,7 @@ def _forward_backward(base: Base, batches: GlobalBatches, step: int, own: MicroB
     return float(loss)
 
 
-def _explain(base: Base, optimizer: optim.LayerShardedOptimizer, batches: GlobalBatches, step: int) -> str:
+def _explain(base: Base, optimizer: Optimizer, batches: GlobalBatches, step: int) -> str:
     """Run the step once more, a micro-batch at a time, to name the samples and the layer.  Collective."""
     found = []
     optimizer.take_non_finite()

@@ -43,7 +43,7 @@ from lora_one_dist.train.updates import OptimizerError, adamw_, move_to_main_gra
 
 
 class NonFiniteError(OptimizerError):
-    """Gradients that are not finite; ``layers`` names them as lora_A or lora_B of a target.  The same on all ranks."""
+    """Gradients that are not finite; ``layers`` names them, e.g. as lora_A of a target.  The same on all ranks."""
 
     def __init__(self, layers: Sequence[str], step: int):
         self.layers = list(layers)
@@ -63,7 +63,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr
 
 
-def _exact_sum(values: Iterable[float]) -> float:
+def exact_sum(values: Iterable[float]) -> float:
     """Rounded once; what is not finite stays so."""
     terms = list(values)
     return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
@@ -143,7 +143,7 @@ class LayerShardedOptimizer:
         square = spectral.frobenius_norm(self.grads) ** 2 + self.tables.reduce()
         rows = comm.all_gather_rows([*carried, square])
         # The sum is exact: who owns what must not change the last bit.
-        return math.sqrt(_exact_sum(row[-1] for row in rows)), [row[:-1] for row in rows]
+        return math.sqrt(exact_sum(row[-1] for row in rows)), [row[:-1] for row in rows]
 
     @torch.no_grad()
     def update(self, lr: float, norm: float) -> None:

@@ -29,7 +29,8 @@ from lora_one_dist.train.updates import adamw_, move_to_main_grad, sgd_
 
 CHUNK = 2**22  # elements updated at once: AdamW's denominator is as large
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # as torch's AdamW calls them; SGD has the first
-ROWS = re.compile(r"(?P<table>.+)\.rows(?P<first>\d+)-(?P<end>\d+)\.(?P<kind>\w+)")  # of what a rank owns of a table
+# Of what a rank owns of a table, by rows, or of a flat parameter, by elements.
+PART = re.compile(r"(?P<table>.+)\.(?:rows|elements)(?P<first>\d+)-(?P<end>\d+)\.(?P<kind>\w+)")
 
 
 class _Rows:
@@ -128,21 +129,27 @@ class RowShardedTables:
         return named
 
 
-def places(saved: str, wanted: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, slice]]:
-    """Where a tensor of some rank's :meth:`state` goes in another's: by its name, a table's by the rows that both have.
+class Places:
+    """Where a tensor of some rank's :meth:`state` goes in another's: by its name; of parts, by what both have."""
 
-    Yields the name in ``wanted``, the part of that tensor, and which rows of the saved one it takes.
-    """
-    of = ROWS.fullmatch(saved)
-    if of is None:
-        if saved in wanted:
-            yield saved, wanted[saved], slice(None)
-        return
-    for name, tensor in wanted.items():
-        own = ROWS.fullmatch(name)
-        if own is None or (own["table"], own["kind"]) != (of["table"], of["kind"]):
-            continue
-        (a, b), (c, d) = ((int(found["first"]), int(found["end"])) for found in (own, of))
-        first, end = max(a, c), min(b, d)
-        if first < end:
-            yield name, tensor[first - a : end - a], slice(first - c, end - c)
+    def __init__(self, wanted: Mapping[str, torch.Tensor]):
+        self.wanted = wanted
+        self.parts: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        """By table and kind: the first row, or element, the end, and the name."""
+        for name in wanted:
+            if (own := PART.fullmatch(name)) is not None:
+                found = (int(own["first"]), int(own["end"]), name)
+                self.parts.setdefault((own["table"], own["kind"]), []).append(found)
+
+    def of(self, saved: str) -> Iterator[tuple[str, torch.Tensor, slice]]:
+        """Yields the name in ``wanted``, the part of that tensor, and which rows of the saved one it takes."""
+        of = PART.fullmatch(saved)
+        if of is None:
+            if saved in self.wanted:
+                yield saved, self.wanted[saved], slice(None)
+            return
+        c, d = int(of["first"]), int(of["end"])
+        for a, b, name in self.parts.get((of["table"], of["kind"]), []):
+            first, end = max(a, c), min(b, d)
+            if first < end:
+                yield name, self.wanted[name][first - a : end - a], slice(first - c, end - c)

@@ -220,7 +220,7 @@ def test_best_rates_go_on_to_other_seeds_and_edges_are_extended(small):
     assert small.best("gap", points) == {"full fine-tuning": 3e-3, "LoRA-One": 3e-3}
     (extended,) = small.edge_points("gap")
     assert dict(extended.labels) == {"method": "full fine-tuning", "optim.lr": 1e-2, "train.seed": 0}
-    assert extended.script == study.FULL
+    assert extended.config.train.mode == "full"
     fake_results(small, "gap", [extended])
     others = small.seed_points("gap")
     assert [(p.labels["optim.lr"], p.labels["train.seed"]) for p in others] == [

@@ -99,7 +99,7 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
     from lora_one_dist.config.reading import parse_config
     from lora_one_dist.run import metrics
     from lora_one_dist.run.story import run
-    from lora_one_dist.train import optim
+    from lora_one_dist.train import full, optim
 
     counted = TensorBytes()
     counts_here = comm.is_local_first() if separate else comm.rank() == 0
@@ -125,18 +125,19 @@ def measure(raw: dict[str, Any], separate: bool) -> dict[str, dict[str, Any]]:
             row["inside"] += after[0] - before[0]
             row["between"] += after[1] - before[1]
 
-    stock_phases, stock_step = metrics.Phases, optim.LayerShardedOptimizer.update
+    kind: Any = full.FullOptimizer if raw["train"].get("mode") == "full" else optim.LayerShardedOptimizer
+    stock_phases, stock_step = metrics.Phases, kind.update
 
     def step(self: Any, lr: float, norm: float) -> None:
         stock_step(self, lr, norm)
         step_ends.append(sent())
 
-    metrics.Phases, optim.LayerShardedOptimizer.update = Metered, step  # type: ignore[misc, method-assign]
+    metrics.Phases, kind.update = Metered, step  # type: ignore[misc]
     try:
         with counted:
             run(parse_config(raw))
     finally:
-        metrics.Phases, optim.LayerShardedOptimizer.update = stock_phases, stock_step  # type: ignore[misc, method-assign]
+        metrics.Phases, kind.update = stock_phases, stock_step  # type: ignore[misc]
     last = STEPS - 3  # steps that count: the first ones also record what DeepSpeed fetches
     found["step"] = {
         "peak": found.pop("train")["peak"],
@@ -162,8 +163,9 @@ def predicted(raw: dict[str, Any], hosts: int, ranks_per_host: int) -> Any:
 
     settings = parse_config(raw)
     skeleton = build_skeleton(settings.model, Path(settings.model.path))
-    threshold = settings.deepspeed.zero["stage3_param_persistence_threshold"]
-    shape = shape_of(skeleton, find_targets(skeleton, settings.lora), threshold)
+    threshold = settings.deepspeed.persistence_threshold
+    targets = find_targets(skeleton, settings.lora) if settings.train.mode == "lora" else []
+    shape = shape_of(skeleton, targets, threshold)
     limit = settings.model.memory_gb
     room = math.inf if limit == "auto" else 1e9 * limit
     return predict(shape, settings, Cluster(hosts, ranks_per_host, bytes_per_rank=room, backend="gloo"))

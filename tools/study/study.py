@@ -7,7 +7,7 @@
 Fetches Debian packages (:mod:`corpus`), trains a tokenizer and a Llama of 1.9 M parameters on them (:mod:`base`), makes
 three tasks of paragraphs that the base has not seen (:mod:`tasks`), and runs tools/sweep.py's points: for every method
 three learning rates at one seed, one more where the best is at an edge, then the best rate at three seeds.  The
-yardstick is full fine-tuning by HF Trainer (:mod:`full`).  What is done is not done again: the same command goes on.
+yardstick is full fine-tuning (``train.mode: full``).  What is done is not done again: the same command goes on.
 
 Out: ``--results`` (results/study), small files: study.json, tables.md and curves (:mod:`report`).
 """
@@ -30,7 +30,6 @@ from lora_one_dist.commands import sweep, sweep_report
 from tools.study import base, corpus, forked, report, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = ROOT / "tools" / "study" / "full.py"
 COVERAGE = ((8, "completion"), (64, "completion"), (64, "all"), (512, "all"))  # samples, and tokens with a loss
 
 
@@ -61,7 +60,6 @@ class Method:
 
     settings: Mapping[str, str]
     rates: tuple[float, ...]
-    script: Path = sweep.TRAIN
 
 
 def _adapter(method: str, rslora: bool, rates: tuple[float, ...], **more: str) -> Method:
@@ -80,7 +78,7 @@ def _adapter(method: str, rslora: bool, rates: tuple[float, ...], **more: str) -
 LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RESCALED = {"optim__preconditioner": "rescaled"}
 METHODS = {
-    "full fine-tuning": Method({"optim.preconditioner": "none"}, LOW, FULL),
+    "full fine-tuning": Method({"train.mode": "full"}, LOW),
     "LoRA": _adapter("lora", False, HIGH),
     "rsLoRA": _adapter("lora", True, HIGH),
     "LoRA+": _adapter("lora", False, LOW, optim__lr_ratio_b="16"),
@@ -143,8 +141,7 @@ class Study:
                 self.out / "runs" / task,
                 chosen,
                 ["optim.lr", "train.seed"],
-                METHODS[method].script,
-                {"method": method},
+                more={"method": method},
             )
         return self.points[key]
 

@@ -58,7 +58,9 @@ class Run:
 
     @property
     def method(self) -> str:
-        """init.method, or the adapter that the run started from."""
+        """init.method, or the adapter that the run started from; or full, where every weight is trained."""
+        if self.config.get("train.mode") == "full":
+            return "full"
         return str(self.config.get("init.adapter") or self.config.get("init.method", "unknown"))
 
     @property
@@ -254,9 +256,9 @@ def _progress_notes(run: Run) -> list[str]:
 
 def _content_notes(run: Run) -> list[str]:
     notes = []
-    if run.init is None:
+    if run.init is None and run.method != "full":
         notes.append("no init_report.json: nothing on the initialisation")
-    elif not run.covered_layers:
+    elif run.init is not None and not run.covered_layers:
         notes.append(f"{run.method} takes no SVD: no coverage and no certified error")
     if not run.series("eval_loss")[0]:
         no_data = "data.eval" in run.config and run.config["data.eval"] is None
