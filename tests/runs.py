@@ -52,6 +52,11 @@ def train(raw: dict) -> dict:
     return story.run(parse_config(raw))
 
 
+def train_each(raws: list[dict]) -> list[dict]:
+    """Runs on a rank: one run after another."""
+    return [train(raw) for raw in raws]
+
+
 def refused(raw: dict) -> str:
     """Runs on a rank: the error of a run that must not start, and that no weight was read."""
     from lora_one_dist.base import loading

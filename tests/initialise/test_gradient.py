@@ -27,23 +27,25 @@ CASES = [
     # no block for reuse, as it keeps none of most blocks of a large model. Singly: it gathers layers, not blocks. A
     # number behind the checkpointing: so many blocks are recomputed, else all.
     ("llama", 1, "zero3", "non_reentrant", "device", 1, 1, 1, "token"),
-    ("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"),
+    pytest.param(("llama", 1, "stage0", "none", "host", 3, 2, 2, "micro_batch"), marks=pytest.mark.full),
     ("llama", 2, "zero3_offload", "none", "host", 1, 2, 2, "token"),
     ("llama", 2, "stage0", "reentrant", "device", 3, 1, 1, "token"),
-    ("llama", 2, "zero3 singly", "non_reentrant", "device", 1, 1, 1, "token"),
+    pytest.param(("llama", 2, "zero3 singly", "non_reentrant", "device", 1, 1, 1, "token"), marks=pytest.mark.full),
     ("llama", 3, "zero3 released", "reentrant", "device", 3, 2, 1, "micro_batch"),
     ("llama", 4, "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
-    ("qwen2", 1, "zero3", "reentrant", "host", 3, 1, 2, "token"),
+    pytest.param(("qwen2", 1, "zero3", "reentrant", "host", 3, 1, 2, "token"), marks=pytest.mark.full),
     ("qwen2", 2, "zero3 released", "non_reentrant", "device", 3, 1, 1, "micro_batch"),
-    ("llama", 2, "zero3 released", "none", "device", 1, 1, 1, "token"),
-    ("qwen2", 3, "stage0", "non_reentrant", "host", 1, 2, 1, "token"),
+    pytest.param(("llama", 2, "zero3 released", "none", "device", 1, 1, 1, "token"), marks=pytest.mark.full),
+    pytest.param(("qwen2", 3, "stage0", "non_reentrant", "host", 1, 2, 1, "token"), marks=pytest.mark.full),
     ("llama", 2, "zero3 released", "non_reentrant 2", "device", 3, 1, 1, "token"),
-    ("qwen2", 3, "zero3", "reentrant 1", "device", 1, 1, 2, "token"),
-    ("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"),
+    pytest.param(("qwen2", 3, "zero3", "reentrant 1", "device", 1, 1, 2, "token"), marks=pytest.mark.full),
+    pytest.param(("qwen2", 3, "zero3", "none", "device", 1, 1, 3, "token"), marks=pytest.mark.full),
     ("qwen2", 4, "zero3", "reentrant", "device", 1, 2, 1, "token"),
-    ("qwen2", 4, "stage0", "none", "device", 3, 1, 1, "token"),
+    pytest.param(("qwen2", 4, "stage0", "none", "device", 3, 1, 1, "token"), marks=pytest.mark.full),
     ("llama", "aabb", "zero3", "non_reentrant", "host", 3, 2, 3, "token"),
-    ("qwen2", "abab", "zero3_offload", "reentrant", "device", 1, 1, 2, "micro_batch"),
+    pytest.param(
+        ("qwen2", "abab", "zero3_offload", "reentrant", "device", 1, 1, 2, "micro_batch"), marks=pytest.mark.full
+    ),
     pytest.param(("qwen2", "aaab", "zero3", "none", "device", 1, 1, 1, "token"), marks=pytest.mark.full),
 ]
 
@@ -288,6 +290,10 @@ def blocks_with_a_graph(folder, checkpointing: str, first: int):
     return found[: len(handles)], embedded.requires_grad
 
 
+def blocks_with_a_graph_each(folder, checkpointing: str, firsts):
+    return [blocks_with_a_graph(folder, checkpointing, first) for first in firsts]
+
+
 def products(folder, checkpointing: str, endings: str | list[str]):
     """Runs on a rank: how often the linear layers run in the gradient phase, and in a step of the adapters on them."""
     from lora_one_dist.adapters.lora import inject_adapters, peft_config
@@ -321,8 +327,8 @@ def products(folder, checkpointing: str, endings: str | list[str]):
     [
         (2, "non_reentrant", "all-linear"),
         (1, "non_reentrant", ["q_proj", "down_proj"]),
-        (1, "non_reentrant", ["q_proj", "v_proj"]),
-        (1, "reentrant", "all-linear"),
+        pytest.param(1, "non_reentrant", ["q_proj", "v_proj"], marks=pytest.mark.full),
+        pytest.param(1, "reentrant", "all-linear", marks=pytest.mark.full),
         (1, "none", "all-linear"),
     ],
 )
@@ -337,8 +343,9 @@ def test_a_recomputation_ends_at_the_input_of_the_last_linear_layer(ranks, check
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 def test_backward_ends_at_the_first_block_of_the_group(checkpointing, model_folder):
-    for first in (0, 2, 3):
-        (with_graph, embedded) = run_ranks(2, blocks_with_a_graph, model_folder("llama"), checkpointing, first)[0]
+    firsts = (0, 2, 3)
+    each = run_ranks(2, blocks_with_a_graph_each, model_folder("llama"), checkpointing, firsts)[0]
+    for first, (with_graph, embedded) in zip(firsts, each, strict=True):
         assert with_graph == [block >= first for block in range(4)]
         assert embedded, "training starts at the embedding again"
 

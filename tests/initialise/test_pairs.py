@@ -59,9 +59,9 @@ def start(folder, raw, others=()):
     return pairs, result.rows, weights, (before, after), comm.rank(), [*zip(besides, rows, strict=True)]
 
 
-def starts(folder, raws):
-    """Runs on a rank: :func:`start` with each of several settings."""
-    return [start(folder, raw) for raw in raws]
+def starts(folder, cases):
+    """Runs on a rank: :func:`start` with each of several settings, and the others beside them."""
+    return [start(folder, raw, others) for raw, others in cases]
 
 
 def rank_and_scale(raw, name):
@@ -139,16 +139,32 @@ def expected_product(method, matrix, gamma, s, r):
     return (U[:, :r] * S[:r]) @ Vh[:r]
 
 
+GROUPS = {1: 1, 2: 3, 3: 1, 4: 1}  # of layers, by the number of ranks
+
+
+def case_of(folder, tmp_path, method, groups):
+    changes = {"init__layer_groups": groups} if method != "lora" else {}
+    return config_of(folder, tmp_path, method, **changes), ablations_of(folder, tmp_path, method)
+
+
+@pytest.fixture(scope="module")
+def started(model_folder, tmp_path_factory):
+    """By number of ranks and method what each rank of one launch returns."""
+    folder, tmp_path, found = model_folder("llama"), tmp_path_factory.mktemp("started"), {}
+    for world_size, groups in GROUPS.items():
+        cases = [case_of(folder, tmp_path, method, groups) for method in METHODS]
+        ranks = run_ranks(world_size, starts, folder, cases)
+        found[world_size] = dict(zip(METHODS, zip(*ranks, strict=True), strict=True))
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth):
+def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth, started):
     gradients, weights = truth
-    folder = model_folder("llama")
     runs = {}
-    for world_size, groups in ((1, 1), (2, 3), (3, 1), (4, 1)):
-        changes = {"init__layer_groups": groups} if method != "lora" else {}
-        raw = config_of(folder, tmp_path, method, **changes)
-        ablations = ablations_of(folder, tmp_path, method)
-        ranks = run_ranks(world_size, start, folder, raw, ablations)
+    for world_size, groups in GROUPS.items():
+        raw, ablations = case_of(model_folder("llama"), tmp_path, method, groups)
+        ranks = started[world_size][method]
         found = [[pairs, *(others for others, _ in beside)] for pairs, *_, beside in ranks]
         for first, *others in zip(*found, strict=True):
             for pairs in others:
@@ -207,14 +223,17 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth):
 
 
 @pytest.mark.parametrize("zero_json", ["stage0", "zero3"])
-@pytest.mark.parametrize("method", METHODS)
-def test_base_and_loss(method, zero_json, model_folder, tmp_path, truth):
+def test_base_and_loss(zero_json, model_folder, tmp_path, truth):
     """lora_one leaves the base and lowers the loss; the compensating methods change the base and not the loss."""
-    folder = model_folder("llama")
-    raw = config_of(folder, tmp_path, method, deepspeed__config=f"ds_configs/{zero_json}.json")
-    raws = [raw, *ablations_of(folder, tmp_path, method, deepspeed__config=f"ds_configs/{zero_json}.json")]
-    results = [pair for ranks in run_ranks(2, starts, folder, raws) for pair in zip(raws, ranks, strict=True)]
-    for raw, (pairs, _, after_weights, (before, after), *_) in results:
+    folder, where = model_folder("llama"), {"deepspeed__config": f"ds_configs/{zero_json}.json"}
+    raws = [
+        raw
+        for method in METHODS
+        for raw in (config_of(folder, tmp_path, method, **where), *ablations_of(folder, tmp_path, method, **where))
+    ]
+    ranks = run_ranks(2, starts, folder, [(raw, ()) for raw in raws])
+    for raw, (pairs, _, after_weights, (before, after), *_) in [p for of in ranks for p in zip(raws, of, strict=True)]:
+        method = raw["init"]["method"]
         for layer, original in truth[1].items():
             A0, B0 = (x.double() for x in pairs[layer])
             compensated = method in ("lora_one_v1", "lora_ga", "pissa")

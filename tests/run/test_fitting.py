@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.ranks import run_ranks
-from tests.runs import metrics, refused, settings, train
+from tests.runs import metrics, refused, settings, train_each
 
 
 def test_a_limit_that_is_too_small_is_refused_before_loading_and_says_what_to_change(model_folder, tmp_path):
@@ -21,10 +21,14 @@ def test_a_limit_that_is_too_small_is_refused_before_loading_and_says_what_to_ch
 
 def test_as_few_blocks_are_recomputed_as_fit_and_the_losses_do_not_depend_on_them(model_folder, tmp_path):
     folder, found = model_folder("llama"), {}
-    for recompute, limit in (("none", "auto"), ("auto", "auto"), ("auto", 0.00083), ("all", "auto"), (2, "auto")):
-        out = tmp_path / f"{recompute}-{limit}"
-        raw = settings(folder, out, model__recompute=recompute, model__memory_gb=limit, train__max_steps=3)
-        run_ranks(2, train, raw)
+    cases = [("none", "auto"), ("auto", "auto"), ("auto", 0.00083), ("all", "auto"), (2, "auto")]
+    outs = [tmp_path / f"{recompute}-{limit}" for recompute, limit in cases]
+    raws = [
+        settings(folder, out, model__recompute=recompute, model__memory_gb=limit, train__max_steps=3)
+        for out, (recompute, limit) in zip(outs, cases, strict=True)
+    ]
+    run_ranks(2, train_each, raws)
+    for out, (recompute, limit) in zip(outs, cases, strict=True):
         counts = json.loads((out / "summary.json").read_text())["recomputed_blocks"]
         found[recompute, limit] = counts, [line["loss"] for line in metrics(out) if "loss" in line]
     assert found["none", "auto"][0] == found["auto", "auto"][0] == {"gradient": 0, "step": 0}

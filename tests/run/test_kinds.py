@@ -44,6 +44,7 @@ PRO = {
 }
 KINDS |= {kind: {**changes, "optim__preconditioner": "lora_pro"} for kind, changes in PRO.items()}
 WITHOUT_PAIRS = ("lora_sb", "adalora")  # kinds that no preconditioner is for
+SHORT = ("dora from pissa", "lora_sb", "adalora", "lora_pro")  # of make test
 FIXED = {"train__max_steps": STEPS, "optim__weight_decay": 0.1, "optim__preconditioner": None}
 
 
@@ -219,23 +220,30 @@ def train_each(raws: list[dict], stop: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(model_folder, tmp_path_factory):
-    """Folders of whole runs of every kind at a number of ranks, made once."""
-    made: dict[int, Path] = {}
+    """The folder of a whole run of a kind at a number of ranks; made once, those of :data:`SHORT` in one launch."""
+    made: dict[tuple[int, bool], Path] = {}
 
-    def at(ranks: int) -> Path:
-        if ranks not in made:
-            made[ranks] = tmp_path_factory.mktemp("kinds") / "data-beside"
-            raws = [settings_of(kind, model_folder("llama"), made[ranks] / kind) for kind in KINDS]
-            run_ranks(ranks, train_each, raws)
-        return made[ranks]
+    def at(ranks: int, kind: str) -> Path:
+        key = ranks, kind in SHORT
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("kinds") / "data-beside"
+            kinds = [one for one in KINDS if (one in SHORT) == (kind in SHORT)]
+            run_ranks(ranks, train_each, [settings_of(one, model_folder("llama"), made[key] / one) for one in kinds])
+        return made[key] / kind
 
     return at
 
 
-@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 3, 4))])
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [
+    pytest.param(kind, ranks, marks=[] if (kind, ranks) in ((one, 2) for one in SHORT) else pytest.mark.full)
+    for kind in KINDS
+    for ranks in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), CASES)
 def test_losses_are_those_of_one_process_in_float64_and_the_export_gives_the_last(kind, ranks, runs, model_folder):
-    out, base = runs(ranks) / kind, model_folder("llama")
+    out, base = runs(ranks, kind), model_folder("llama")
     truth = losses_in_one_process(kind, base, out / "adapter_init", settings_of(kind, base, out))
     by_peft = peft_eval_loss(base, out / "adapter", models.rows(21, seed=1), torch.float32)
     gap, last = largest_gap(losses_of(out), truth), metrics(out)[-1]["eval_loss"]
@@ -245,35 +253,40 @@ def test_losses_are_those_of_one_process_in_float64_and_the_export_gives_the_las
     assert abs(by_peft - last) <= TOLERANCE * last
 
 
+@pytest.mark.full
 def test_goes_on_at_another_number_of_ranks(runs, model_folder, tmp_path):
     raws = [settings_of(kind, model_folder("llama"), tmp_path / "runs" / kind) for kind in KINDS]
     assert run_ranks(3, train_each, raws, 9) == [["stopped"] * len(KINDS)] * 3
     run_ranks(1, train_each, raws)
     for kind in KINDS:
-        straight = losses_of(runs(2) / kind)
+        straight = losses_of(runs(2, kind))
         assert largest_gap(losses_of(tmp_path / "runs" / kind), straight) <= TOLERANCE * straight[0], kind
 
 
+@pytest.mark.full
 def test_begins_from_an_adapter_of_its_kind(runs, model_folder, tmp_path):
     base, kinds = model_folder("llama"), ("dora", "lora_sb")
     raws = []
     for kind in kinds:
         raw = settings_of(kind, base, tmp_path / "runs" / kind)
-        raw["init"], raw["train"]["max_steps"] = {"adapter": str(runs(2) / kind / "adapter")}, 0
+        raw["init"], raw["train"]["max_steps"] = {"adapter": str(runs(2, kind) / "adapter")}, 0
         raws.append(raw)
     run_ranks(1, train_each, raws)
     for kind in kinds:
-        started, last = tmp_path / "runs" / kind / "adapter_init", metrics(runs(2) / kind)[-1]["eval_loss"]
+        started, last = tmp_path / "runs" / kind / "adapter_init", metrics(runs(2, kind))[-1]["eval_loss"]
         # LoRA-SB's core comes from a QR of what was exported.
         assert peft_eval_loss(base, started, models.rows(21, seed=1), torch.float32) == pytest.approx(last, rel=1e-6)
 
 
-def test_adalora_goes_on_among_the_last_steps_with_the_triplets_that_were_left(runs, model_folder, tmp_path):
-    raw = settings_of("adalora", model_folder("llama"), tmp_path / "run" / "adalora")
-    assert run_ranks(2, train_each, [raw], 17) == [["stopped"]] * 2
-    run_ranks(1, train_each, [raw])
-    straight, went_on = runs(2) / "adalora", Path(raw["output_dir"])
-    assert largest_gap(losses_of(went_on), losses_of(straight)) <= TOLERANCE * losses_of(straight)[0]
+def test_goes_on_with_a_frozen_pair_and_with_the_triplets_that_were_left(runs, model_folder, tmp_path):
+    """Among AdaLoRA's last steps."""
+    kinds = ("lora_sb", "adalora")
+    raws = [settings_of(kind, model_folder("llama"), tmp_path / "run" / kind) for kind in kinds]
+    assert run_ranks(2, train_each, raws, 17) == [["stopped"] * 2] * 2
+    run_ranks(1, train_each, raws)
+    for kind in kinds:
+        straight, went_on = runs(2, kind), tmp_path / "run" / kind
+        assert largest_gap(losses_of(went_on), losses_of(straight)) <= TOLERANCE * losses_of(straight)[0]
     ranks = [json.loads((out / "adapter" / "adapter_config.json").read_text()) for out in (straight, went_on)]
     assert ranks[0]["rank_pattern"] == ranks[1]["rank_pattern"]
     with pytest.raises(ConversionError, match="B is exported with E in it, its master is not"):
@@ -283,7 +296,7 @@ def test_adalora_goes_on_among_the_last_steps_with_the_triplets_that_were_left(r
 @pytest.mark.full
 def test_adalora_is_that_of_peft(runs, model_folder):
     """And not that of this file's reference alone: PEFT's layers, regulariser and RankAllocator, in float64."""
-    base, out = model_folder("llama"), runs(2) / "adalora"
+    base, out = model_folder("llama"), runs(2, "adalora")
     config = parse_config(settings_of("adalora", base, out))
     lora = config.lora
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)

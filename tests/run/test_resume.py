@@ -460,6 +460,7 @@ def refused_at_once(raw: dict) -> str:
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_sigterm_stops_the_launched_job_with_everything_saved(tmp_path):
     """The real command and the demo's model: exit code 75, a checkpoint of the last step, and it goes on from there."""
     out, script = tmp_path / "run", [sys.executable, "launch/train.py", "--config", "launch/configs/demo.yaml"]
