@@ -420,6 +420,7 @@ def test_one_process():
     assert run.stdout.endswith("\n1 fault\n")
 
 
+@pytest.mark.full
 def test_rank_that_cannot_join_says_who_and_why(tmp_path):
     run = alone(RANK="3")
     assert run.returncode == 1

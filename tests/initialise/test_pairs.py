@@ -142,17 +142,21 @@ def expected_product(method, matrix, gamma, s, r):
 GROUPS = {1: 1, 2: 3, 3: 1, 4: 1}  # of layers, by the number of ranks
 
 
-def case_of(folder, tmp_path, method, groups):
-    changes = {"init__layer_groups": groups} if method != "lora" else {}
-    return config_of(folder, tmp_path, method, **changes), ablations_of(folder, tmp_path, method)
+ABLATED = (1, 3)  # numbers of ranks at which LoRA-GA's ablations are made
+
+
+def case_of(folder, tmp_path, method, world_size):
+    changes = {"init__layer_groups": GROUPS[world_size]} if method != "lora" else {}
+    ablations = ablations_of(folder, tmp_path, method) if world_size in ABLATED else []
+    return config_of(folder, tmp_path, method, **changes), ablations
 
 
 @pytest.fixture(scope="module")
 def started(model_folder, tmp_path_factory):
     """By number of ranks and method what each rank of one launch returns."""
     folder, tmp_path, found = model_folder("llama"), tmp_path_factory.mktemp("started"), {}
-    for world_size, groups in GROUPS.items():
-        cases = [case_of(folder, tmp_path, method, groups) for method in METHODS]
+    for world_size in GROUPS:
+        cases = [case_of(folder, tmp_path, method, world_size) for method in METHODS]
         ranks = run_ranks(world_size, starts, folder, cases)
         found[world_size] = dict(zip(METHODS, zip(*ranks, strict=True), strict=True))
     return found
@@ -162,8 +166,8 @@ def started(model_folder, tmp_path_factory):
 def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth, started):
     gradients, weights = truth
     runs = {}
-    for world_size, groups in GROUPS.items():
-        raw, ablations = case_of(model_folder("llama"), tmp_path, method, groups)
+    for world_size in GROUPS:
+        raw, _ = case_of(model_folder("llama"), tmp_path, method, world_size)
         ranks = started[world_size][method]
         found = [[pairs, *(others for others, _ in beside)] for pairs, *_, beside in ranks]
         for first, *others in zip(*found, strict=True):
@@ -209,9 +213,10 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth, start
                 )
                 assert reference.relative(B0 @ A0, first_B @ first_A) <= TOLERANCE
     assert method == "lora" or determined >= 4 * 20, "4 world sizes x most of 28 layers have an open gap"
+    ablations = ablations_of(model_folder("llama"), tmp_path, method)
     for i, (ablation, (_, vectors)) in enumerate(zip(ablations, ABLATIONS, strict=False)):
         found = []
-        for *_, beside in runs.values():
+        for *_, beside in (runs[world_size] for world_size in ABLATED):
             pairs, rows = beside[i]
             for name, pair in pairs.items():
                 found.append(check_ablation(ablation, vectors, gradients[name], *rank_and_scale(raw, name), pair))
@@ -219,7 +224,7 @@ def test_adapters_equal_float64_svd(method, model_folder, tmp_path, truth, start
                     assert torch.equal(pair[0], runs[1][-1][i][0][name][0]), "seeded by name, not by rank"
                     assert torch.equal(pair[1], runs[1][-1][i][0][name][1])
             assert all(("coverage" in row) == (vectors is not None) for row in rows)
-        assert vectors is None or sum(found) >= 4 * 20, (ablation["init"], sum(found))
+        assert vectors is None or sum(found) >= 2 * 20, (ablation["init"], sum(found))
 
 
 @pytest.mark.parametrize("zero_json", ["stage0", "zero3"])

@@ -72,6 +72,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in metrics(out) if "loss" in line]
 
 
+@pytest.mark.full
 def test_deepspeed_launcher_equals_a_single_process(tmp_path):
     """Also: no compiler runs on a CPU, whatever the machine's extension cache holds."""
     extensions = tmp_path / "extensions"

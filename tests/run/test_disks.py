@@ -170,6 +170,7 @@ def run_slow(raw: dict, seconds: float, collective_seconds: float) -> None:
     run(parse_config(raw))
 
 
+@pytest.mark.full
 def test_disk_slower_than_the_time_out_of_collectives_ends_none(model_folder, straight, tmp_path):
     said = said_by(tmp_path, run_slow, tiny(model_folder, tmp_path / "run"), 5.0, 2.0)
     assert f"checkpoint step-{BAD} saved" in said

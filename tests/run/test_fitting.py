@@ -19,6 +19,7 @@ def test_a_limit_that_is_too_small_is_refused_before_loading_and_says_what_to_ch
     assert "Or raise model.memory_gb, if more is there." in messages[0]
 
 
+@pytest.mark.full
 def test_as_few_blocks_are_recomputed_as_fit_and_the_losses_do_not_depend_on_them(model_folder, tmp_path):
     folder, found = model_folder("llama"), {}
     cases = [("none", "auto"), ("auto", "auto"), ("auto", 0.00083), ("all", "auto"), (2, "auto")]

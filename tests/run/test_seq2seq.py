@@ -212,6 +212,7 @@ def losses_of(out: Path) -> list[float]:
 LEARNS = {"train__max_steps": 30, "train__exact_match_samples": 24, "optim__lr": 2e-2, "lora__r": 8}
 
 
+@pytest.mark.full
 def test_a_run_classifies_and_peft_and_a_merge_give_its_loss(model_folder, tmp_path, capsys):
     out, folder = tmp_path / "run", model_folder("t5")
     run_ranks(2, train, classify(folder, out, **LEARNS))
