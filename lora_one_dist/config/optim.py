@@ -23,7 +23,7 @@ class OptimConfig(Group):
     """adamw: decoupled weight decay and bias correction; sgd: plain, decoupled weight decay."""
     lr: float = Field(2e-4, gt=0)
     """Peak learning rate, above 0."""
-    lr_ratio_b: Annotated[float, _OF_ADAPTERS] = Field(1.0, gt=0)
+    lr_ratio_b: Annotated[float, _OF_ADAPTERS, not_with("lora.kind", "lora_sb")] = Field(1.0, gt=0)
     """LoRA+ (arXiv 2402.12354): learning rate of lora_B over that of lora_A; 1 is plain LoRA."""
     betas: Annotated[tuple[Decay, Decay], only_with("optim.name", "adamw")] = (0.9, 0.999)
     """AdamW's moment decays, each in [0, 1)."""

@@ -459,6 +459,11 @@ RULES = [
         "has no effect with lora.kind lora_sb",
     ),
     (
+        {"lora__kind": "lora_sb", "init__method": "lora_sb", "optim__lr_ratio_b": 16},
+        "optim.lr_ratio_b = 16",
+        "has no effect with lora.kind lora_sb",
+    ),
+    (
         {"lora__kind": "dora", "optim__preconditioner": "lora_pro"},
         "optim.preconditioner = lora_pro",
         "is for lora.kind lora",

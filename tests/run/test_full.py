@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one_dist.commands import plan
+from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.config.reading import ConfigError, parse_config
+from lora_one_dist.config.settings import TrainConfig
 from lora_one_dist.data import batches
 from lora_one_dist.run import room
 from tests import models, reference
@@ -60,15 +63,20 @@ def settings_of(base: Path, out: Path, **changes) -> dict:
 def losses_in_one_process(base: Path, raw: dict) -> list[float]:
     """Plain autograd, torch's AdamW (or SGD) on all parameters and clipping, all in float64."""
     config = parse_config(raw)
+    return _losses_in_one_process(base, config.optim, config.train)
+
+
+@functools.cache
+def _losses_in_one_process(base: Path, optim: OptimConfig, train: TrainConfig) -> list[float]:
     model, losses = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), []
-    parameters, optim = list(model.parameters()), config.optim
+    parameters = list(model.parameters())
     if optim.name == "adamw":
         optimizer = torch.optim.AdamW(parameters, eps=optim.eps, weight_decay=optim.weight_decay)
     else:
         optimizer = torch.optim.SGD(parameters)
     samples = samples_of(base, models.rows(100))
     for step in range(STEPS):
-        chosen = batches.global_batch(len(samples), config.train.global_batch_size, step, config.train.seed)
+        chosen = batches.global_batch(len(samples), train.global_batch_size, step, train.seed)
         loss = reference.mean_loss(model, [samples[i] for i in chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -256,8 +264,8 @@ def refused_each(raws: list[dict]) -> list[str]:
 
 
 @full
-@pytest.mark.parametrize("zero", ["stage 3", "stage 0"])
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.alone
+@pytest.mark.parametrize(("zero", "recompute"), [("stage 3", "all"), ("stage 0", "none")])
 def test_memory_is_as_planned(zero, recompute, tmp_path):
     """Of a Llama of 25 M parameters at 2 ranks."""
     harness.make_model(tmp_path / "30M", phases.MODELS["30M"])
@@ -271,8 +279,7 @@ def test_memory_is_as_planned(zero, recompute, tmp_path):
         ratio = measured[phase]["peak"] / planned.peak(phase)
         print(f"{phase}: {measured[phase]['peak'] / 2**20:.1f} MiB, {ratio:.2f} of the plan")
         assert 0.85 <= ratio <= 1.1
-    # Counted on the host's loopback, to which what else runs there adds; results/LOG.md has it of a quiet one.
-    assert measured["step"]["inside"] >= 0.95 * planned.wire["step"].inside
+    assert 0.95 <= measured["step"]["inside"] / planned.wire["step"].inside <= 1.05
 
 
 def test_the_command_plans_it_too(capsys):

@@ -312,6 +312,7 @@ def test_another_run_is_refused(bases, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_peak_memory_and_wire_are_the_plans(tmp_path):
     """Of both forms on two ranks, 29 M parameters: every phase within 10 % of what is planned, and a step's wire."""
     harness.make_model(tmp_path / "base", phases.MODELS["30M"])
