@@ -90,8 +90,8 @@ ERRORS = [
     ),
     Planted(
         "no clipping",
-        "train/optim.py",
-        (("        if limit > 0:\n", "        if limit > 1e9:\n"),),
+        "train/updates.py",
+        (("if limit > 0 else 1.0", "if limit > 1e9 else 1.0"),),
         "train/test_optim.py",
         "float64_loop",
     ),

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_one_dist.adapters.branch import ADAPTER, AdaptedLinear, give
+from lora_one_dist.base.products import weight_gradient
 
 AT_ONCE = 1024  # tokens of which fp32 copies are made
 
@@ -54,16 +55,9 @@ class DoraLinear(AdaptedLinear):
         held: list[Any] = [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
         A, B = (weight.float() for weight in held)
         s = self.scaling[ADAPTER]
-        crossed = (_product(weight, A) * B).sum(1)
+        crossed = (weight_gradient(weight.T, A.T) * B).sum(1)
         squares = self.base_squares + 2 * s * crossed + s * s * ((B @ (A @ A.T)) * B).sum(1)
         self.norms = squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-
-
-def _product(weight: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """``W A'`` (m, r) in fp32."""
-    if weight.is_cuda and weight.dtype != torch.float32:
-        return torch.mm(weight, A.T.to(weight.dtype), out_dtype=torch.float32)
-    return weight.float() @ A.T
 
 
 class _ScaleRows(torch.autograd.Function):

@@ -35,7 +35,7 @@ from lora_one_dist.config.optim import OptimConfig
 from lora_one_dist.initialise import spectral
 from lora_one_dist.train.optim import NonFiniteError, exact_sum
 from lora_one_dist.train.rows import CHUNK, KINDS
-from lora_one_dist.train.updates import OptimizerError, adamw_, sgd_
+from lora_one_dist.train.updates import OptimizerError, adamw_, clip_factor, sgd_
 
 
 class _Part:
@@ -159,8 +159,7 @@ class FullOptimizer:
         reached = [part for part in self.parts if part.is_reached]
         if not reached:
             raise OptimizerError("no weight got a gradient in backward: nothing would train.")
-        limit = self.config.max_grad_norm
-        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # 1e-6 as torch.clip_grad_norm_
+        clip = clip_factor(norm, self.config.max_grad_norm)
         self.steps += 1
         for part in reached:
             part.update(self.steps, lr, clip, self.config)

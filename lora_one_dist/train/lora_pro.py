@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_one_dist.train.updates import OptimizerError
+from lora_one_dist.train.updates import OptimizerError, adamw_
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -106,10 +106,9 @@ class Moments:
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             A, B, gA, gB = (tensor[i : i + 1] for tensor in (*pair, *grads))
             E = equivalent(A, B, gA, gB, s[i : i + 1], damping)[0].float()
-            first.lerp_(E, 1 - betas[0])
-            second.mul_(betas[1]).addcmul_(E, E, value=1 - betas[1])
-            denominator = (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
-            G = (first / (1 - betas[0] ** step)).div_(denominator).double()
+            G = torch.zeros_like(E)
+            adamw_(G, E, first, second, step, -1.0, betas, eps, 0.0)  # the step itself, upwards
+            G = G.double()
             raw = s[i] * (B[0].double().T @ G), s[i] * (G @ A[0].double().T)
             turned.append(adjusted(A, B, raw[0][None], raw[1][None], s[i : i + 1], damping))
         return torch.cat([dA for dA, _ in turned]).float(), torch.cat([dB for _, dB in turned]).float()

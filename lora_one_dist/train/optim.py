@@ -39,7 +39,7 @@ from lora_one_dist.train import adalora, lora_pro
 from lora_one_dist.train.layout import Block, make_layout
 from lora_one_dist.train.precondition import damping_at, precondition
 from lora_one_dist.train.rows import RowShardedTables
-from lora_one_dist.train.updates import OptimizerError, adamw_, move_to_main_grad, sgd_
+from lora_one_dist.train.updates import OptimizerError, adamw_, clip_factor, move_to_main_grad, sgd_
 
 
 class NonFiniteError(OptimizerError):
@@ -167,9 +167,8 @@ class LayerShardedOptimizer:
             with comm.all_or_none("checking the first gradient"):
                 self._check_first(grads)
             self.checked = True
-        limit = self.config.max_grad_norm
-        clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # 1e-6 as torch.clip_grad_norm_
-        if limit > 0:
+        clip = clip_factor(norm, self.config.max_grad_norm)
+        if clip < 1:
             grads.mul_(clip)
         self.steps += 1
         self._update(grads, lr)

@@ -37,6 +37,11 @@ def sgd_(parameter: torch.Tensor, grad: torch.Tensor, lr: float, weight_decay: f
     parameter.mul_(1 - lr * weight_decay).add_(grad, alpha=-lr)
 
 
+def clip_factor(norm: float, limit: float) -> float:
+    """What gradients of this global norm are multiplied by to be at most ``limit``; 0: they are not clipped."""
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0  # 1e-6 as torch.clip_grad_norm_
+
+
 def move_to_main_grad(parameter: Any) -> None:
     """What autograd has left in ``.grad``: nothing where a layer has added to ``main_grad`` itself."""
     if parameter.grad is None:
